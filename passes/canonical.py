@@ -1,0 +1,74 @@
+"""Dynamo graph -> canonical graph: functional, pre-dispatch ATen, one spelling for every later pass."""
+
+from __future__ import annotations
+
+import copy
+import operator
+
+import torch
+from torch import fx
+from torch._functorch.aot_autograd import aot_export_module
+
+aten = torch.ops.aten
+
+
+def canonicalise(gm: fx.GraphModule, inputs: list) -> fx.GraphModule:
+    """Re-traces `gm` (Dynamo's graph, left untouched) to functional pre-dispatch ATen.
+
+    Placeholders keep `gm`'s order and number; every node has `meta["val"]`. Inputs that `gm` mutates get
+    their new value by an `aten.copy_` at the end of the graph; all before it is functional.
+    Shapes are those of `inputs` (real or fake tensors, Python ints for symbolic sizes).
+
+    Raises whatever the export raises (block masks of flex_attention, for one): the caller leaves the graph dense.
+    """
+    exported, signature = aot_export_module(copy.copy(gm), list(inputs), trace_joint=False, pre_dispatch=True)
+    graph = exported.graph
+    placeholders = [n for n in graph.nodes if n.op == "placeholder"]
+
+    # Tensors that gm holds itself (constants, or weights when Dynamo does not lift them) come first as inputs:
+    # make them attributes again, so that placeholders are gm's own.
+    held = [*signature.parameters, *signature.buffers]
+    for node, name in zip(placeholders, held):
+        target = name.replace(".", "_")
+        exported.register_buffer(target, _attribute(gm, name), persistent=False)
+        with graph.inserting_before(node):
+            attribute = graph.get_attr(target)
+        attribute.meta.update(node.meta)
+        node.replace_all_uses_with(attribute)
+        graph.erase_node(node)
+    own = placeholders[len(held) :]
+
+    _write_mutations_back(graph, signature, own, {name: n for n, name in zip(placeholders, held)})
+    for node in list(graph.nodes):
+        if node.target is aten._assert_tensor_metadata.default:  # holds by the meta values; hides dead code
+            graph.erase_node(node)
+    return clean(exported)
+
+
+def _write_mutations_back(graph: fx.Graph, signature, own: list[fx.Node], held: dict[str, fx.Node]) -> None:
+    """Export returns the new values of mutated inputs ahead of the outputs; make them `copy_` instead."""
+    output = next(iter(reversed(graph.nodes)))
+    values = list(output.args[0])
+    by_name = {node.name: node for node in own}
+    count = len(signature.buffers_to_mutate) + len(getattr(signature, "user_inputs_to_mutate", {}))
+    targets = {**signature.buffers_to_mutate, **getattr(signature, "user_inputs_to_mutate", {})}
+    for value in values[:count]:
+        target = by_name.get(targets[value.name])
+        if target is None:
+            raise NotImplementedError(f"the graph mutates a tensor of its own: {targets[value.name]}")
+        with graph.inserting_before(output):
+            written = graph.call_function(aten.copy_.default, (target, value))
+        written.meta["val"] = target.meta["val"]
+    output.args = (tuple(values[count:]),)
+
+
+def _attribute(module: torch.nn.Module, path: str) -> torch.Tensor:
+    return operator.attrgetter(path)(module)
+
+
+def clean(gm: fx.GraphModule) -> fx.GraphModule:
+    """What ends every pass: dead code out (never `copy_`, which writes an input), lint, recompile."""
+    gm.graph.eliminate_dead_code(is_impure_node=lambda n: n.target is aten.copy_.default or n.is_impure())
+    gm.graph.lint()
+    gm.recompile()
+    return gm

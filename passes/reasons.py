@@ -1,0 +1,37 @@
+"""Why a candidate is left dense: one enum, with the numbers that decided."""
+
+from __future__ import annotations
+
+import enum
+
+
+class Reason(enum.Enum):
+    """Every reason for leaving a site, a graph or a call dense. The value is what a person reads."""
+
+    # One attention or MLP candidate.
+    CROSS_ATTENTION = "keys and values come from another sequence than the queries"
+    CAUSAL = "causal attention: a chunk's columns end where the chunk stands"
+    UNSUPPORTED_MASK = "the mask is not a key mask (one row for all queries)"
+    TOO_FEW_TOKENS = "fewer tokens than min_tokens: sparse would not pay"
+    CONDITIONING_MLP = "an MLP on the conditioning (timestep, pooled text), not on tokens"
+    NOT_PROFITABLE = "the predicted saving is smaller than the overhead"
+    UNSUPPORTED_ACTIVATION = "the pointwise region holds an op that the kernel generator cannot print"
+    UNSUPPORTED_DTYPE = "dtype is not float32, bfloat16 or float16"
+    UNSUPPORTED_SHAPE = "the shapes are outside what the kernels handle"
+    MIXED_DTYPE = "operand dtypes differ (autocast or quantised weights)"
+    DROPOUT = "dropout is active: the model is in training mode"
+    SHARED_HIDDEN = "the hidden activation is used outside the MLP too"
+    WEIGHT_NOT_INPUT = "the weight is computed inside the graph (quantised or merged at run time)"
+    NOT_SOFTMAX_ATTENTION = "linear or otherwise unnormalised attention"
+    DISABLED_BY_OPTION = "switched off by an option"
+    # A whole graph.
+    NO_SITES = "no attention or MLP site in this graph"
+    NO_OWNER = "the graph receives no parameters, so its state would have no owner"
+    NO_CANONICAL_FORM = "the graph could not be exported to functional ATen"
+    ALIASED_MUTATION = "the graph mutates an input whose storage another input shares"
+    TRAINING = "gradients are required"
+    DYNAMIC_SHAPES = "a dimension is symbolic"
+    # One call.
+    NO_CLOCK = "no evidence of step and stream: no timestep input, no generation(), no steps option"
+    OVER_BUDGET = "its state does not fit the memory budget"
+    DISABLED = "inside chipmunk_compile.disabled()"
