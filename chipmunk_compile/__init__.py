@@ -1,0 +1,43 @@
+"""chipmunk_compile: a torch.compile backend that speeds up diffusion transformers by sparse deltas between steps.
+
+`torch.compile(model, backend="chipmunk")` needs no import of this package. Names load when first used: torch itself
+imports the package while it is being imported (TORCH_LOGS="+chipmunk_compile").
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .config import Config, OptionError
+    from .passes.reasons import Reason
+    from .programs import disabled
+    from .report import Report, explain
+    from .state import generation
+    from .telemetry import counters, reset
+
+_HOME = {
+    "Config": "config",
+    "OptionError": "config",
+    "Reason": "passes.reasons",
+    "Report": "report",
+    "counters": "telemetry",
+    "disabled": "programs",
+    "explain": "report",
+    "generation": "state",
+    "reset": "telemetry",
+}
+__all__ = sorted(_HOME)
+
+
+def __getattr__(name: str):
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f".{_HOME[name]}", __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -1,16 +1,27 @@
 """The pointwise region of an MLP, as text that every backend can print: `mul(silu(h0), h1)`.
 
 The matcher writes it, the ops carry it (op schemas know strings, not graphs), and each kernel family prints it in
-its own language. `h0`, `h1`, ... are the outputs of the up projections. All arithmetic is float32: the result is
-rounded once, to the dtype of the activation, as Inductor's fused pointwise code does.
+its own language. `h0`, `h1`, ... are the outputs of the up projections; the rest are numbers and the names in
+OPERATIONS. All arithmetic is float32: the result is rounded once, to the dtype of the activation, as Inductor's
+fused pointwise code does.
+
+    evaluate(text, [h0, h1])               the meaning, in torch
+    print_cpp(text, ["a", "b"])            one C++ float expression, free of side effects
+    print_triton(text, ["a", "b"])         one Triton float32 expression
+    lines_cpp(text, ["a", "b"], "out[i]")  the same as statements, one an operation; the last is `out[i] = ...;`
+    lines_triton(text, ["a", "b"], "act")  likewise in Triton; the last is `act = ...`
+
+The text is a tree, so what a graph shares is spelled out twice; `parse` finds it again (equal subtrees become one
+step), and neither statements nor torch compute it twice. Triton's compiler merges it in `print_triton`'s form too.
 """
 
 from __future__ import annotations
 
 import ast
 import functools
-import math
+import operator
 from dataclasses import dataclass
+from typing import Callable
 
 import torch
 import torch.nn.functional as F
@@ -18,98 +29,217 @@ import torch.nn.functional as F
 
 @dataclass(frozen=True)
 class Operation:
-    """How one operation is spelled: a torch function, and templates with {0}, {1}, ... for operands."""
+    """How one operation is spelled: a torch function, and templates with {0}, {1}, ... for operands.
 
-    torch: object
+    Operands are put in as names, numbers or in parentheses. C++ is written for auto-vectorisation: no branch, and
+    `expf`, `tanhf`, `erff`, `logf` and `log1pf` stand unqualified, so that the scope they are printed into may offer
+    vectorised ones. Triton uses `tl` alone: libdevice has no interpreter.
+    """
+
+    arity: int
+    torch: Callable
     cpp: str
     triton: str
 
 
-# Every operation that a region may hold. C++ is written for auto-vectorisation (no branches).
 OPERATIONS: dict[str, Operation] = {
-    "add": Operation(torch.add, "({0} + {1})", "({0} + {1})"),
-    "sub": Operation(torch.sub, "({0} - {1})", "({0} - {1})"),
-    "mul": Operation(torch.mul, "({0} * {1})", "({0} * {1})"),
-    "div": Operation(torch.div, "({0} / {1})", "({0} / {1})"),
-    "neg": Operation(torch.neg, "(-{0})", "(-{0})"),
-    "abs": Operation(torch.abs, "std::fabs({0})", "tl.abs({0})"),
-    "exp": Operation(torch.exp, "expf({0})", "tl.exp({0})"),
-    "sqrt": Operation(torch.sqrt, "sqrtf({0})", "tl.sqrt({0})"),
-    "square": Operation(torch.square, "({0} * {0})", "({0} * {0})"),
-    "maximum": Operation(torch.maximum, "std::max({0}, {1})", "tl.maximum({0}, {1})"),
-    "minimum": Operation(torch.minimum, "std::min({0}, {1})", "tl.minimum({0}, {1})"),
-    "relu": Operation(torch.relu, "std::max({0}, 0.0f)", "tl.maximum({0}, 0.0)"),
-    "sigmoid": Operation(torch.sigmoid, "(1.0f / (1.0f + expf(-{0})))", "tl.sigmoid({0})"),
-    "silu": Operation(F.silu, "({0} / (1.0f + expf(-{0})))", "({0} * tl.sigmoid({0}))"),
-    "tanh": Operation(torch.tanh, "tanhf({0})", "(2.0 * tl.sigmoid(2.0 * {0}) - 1.0)"),
-    "erf": Operation(torch.erf, "erff({0})", "tl.erf({0})"),
-    "gelu": Operation(F.gelu, "(0.5f * {0} * (1.0f + erff({0} * 0.70710678f)))", "(0.5 * {0} * (1.0 + tl.erf({0} * 0.7071067811865476)))"),
+    "add": Operation(2, operator.add, "({0} + {1})", "({0} + {1})"),
+    "sub": Operation(2, operator.sub, "({0} - {1})", "({0} - {1})"),
+    "mul": Operation(2, operator.mul, "({0} * {1})", "({0} * {1})"),
+    "div": Operation(2, operator.truediv, "({0} / {1})", "({0} / {1})"),
+    "neg": Operation(1, torch.neg, "(-{0})", "(-{0})"),
+    "abs": Operation(1, torch.abs, "std::fabs({0})", "tl.abs({0})"),
+    "exp": Operation(1, torch.exp, "expf({0})", "tl.exp({0})"),
+    "log": Operation(1, torch.log, "logf({0})", "tl.log({0})"),
+    "sqrt": Operation(1, torch.sqrt, "sqrtf({0})", "tl.sqrt({0})"),
+    "square": Operation(1, torch.square, "({0} * {0})", "({0} * {0})"),
+    "maximum": Operation(2, torch.maximum, "std::max({0}, {1})", "tl.maximum({0}, {1})"),
+    "minimum": Operation(2, torch.minimum, "std::min({0}, {1})", "tl.minimum({0}, {1})"),
+    "gt": Operation(2, operator.gt, "({0} > {1})", "({0} > {1})"),
+    "ge": Operation(2, operator.ge, "({0} >= {1})", "({0} >= {1})"),
+    "lt": Operation(2, operator.lt, "({0} < {1})", "({0} < {1})"),
+    "le": Operation(2, operator.le, "({0} <= {1})", "({0} <= {1})"),
+    "where": Operation(3, torch.where, "({0} ? {1} : {2})", "tl.where({0}, {1}, {2})"),
+    "relu": Operation(1, torch.relu, "std::max({0}, 0.0f)", "tl.maximum({0}, 0.0)"),
+    "sigmoid": Operation(1, torch.sigmoid, "(1.0f / (1.0f + expf(-{0})))", "tl.sigmoid({0})"),
+    "silu": Operation(1, F.silu, "({0} / (1.0f + expf(-{0})))", "({0} * tl.sigmoid({0}))"),
+    "tanh": Operation(1, torch.tanh, "tanhf({0})", "(2.0 * tl.sigmoid(2.0 * {0}) - 1.0)"),
+    "erf": Operation(1, torch.erf, "erff({0})", "tl.erf({0})"),
+    "gelu": Operation(
+        1,
+        F.gelu,
+        "(0.5f * {0} * (1.0f + erff({0} * 0.70710678f)))",
+        "(0.5 * {0} * (1.0 + tl.erf({0} * 0.7071067811865476)))",
+    ),
     # 0.5 x (1 + tanh(u)) = x sigmoid(2u): one exponential.
     "gelu_tanh": Operation(
+        1,
         functools.partial(F.gelu, approximate="tanh"),
         "({0} / (1.0f + expf(-1.5957691216f * {0} * (1.0f + 0.044715f * {0} * {0}))))",
         "({0} * tl.sigmoid(1.5957691216057308 * {0} * (1.0 + 0.044715 * {0} * {0})))",
     ),
-    "softplus": Operation(F.softplus, "(std::max({0}, 0.0f) + log1pf(expf(-std::fabs({0}))))", "(tl.maximum({0}, 0.0) + tl.log(1.0 + tl.exp(-tl.abs({0}))))"),
+    # Both terms are at most |x| + log 2, so nothing overflows. torch's default threshold, 20, is float32's.
+    "softplus": Operation(
+        1,
+        functools.partial(F.softplus, threshold=40),
+        "(std::max({0}, 0.0f) + log1pf(expf(-std::fabs({0}))))",
+        "(tl.maximum({0}, 0.0) + tl.log(1.0 + tl.exp(-tl.abs({0}))))",
+    ),
 }
+
+_TENSORS_ONLY = {"maximum", "minimum", "where"}  # their torch functions take no Python number, or round it
+_FLOAT32_MAX = torch.finfo(torch.float32).max
+
+
+@dataclass(frozen=True)
+class Hidden:
+    """The output of up projection number `index`."""
+
+    index: int
+
+
+@dataclass(frozen=True)
+class Step:
+    """The value of an earlier step."""
+
+    index: int
+
+
+Operand = Hidden | Step | float
+
+
+@dataclass(frozen=True)
+class Program:
+    """A region in steps: step i is (name of the operation, its operands). `result` is the last step, if there is one."""
+
+    steps: tuple[tuple[str, tuple[Operand, ...]], ...]
+    result: Hidden | Step
 
 
 @functools.lru_cache(maxsize=256)
-def parse(text: str) -> ast.expr:
-    """The syntax tree of a region. Raises ValueError for anything but operations, h<i> and numbers."""
-    tree = ast.parse(text, mode="eval").body
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Call):
-            if not isinstance(node.func, ast.Name) or node.func.id not in OPERATIONS or node.keywords:
-                raise ValueError(f"not an operation of a pointwise region: {ast.unparse(node)}")
-        elif isinstance(node, ast.Name):
-            if node.id not in OPERATIONS and not (node.id[0] == "h" and node.id[1:].isdigit()):
-                raise ValueError(f"not an operand of a pointwise region: {node.id}")
-        elif isinstance(node, ast.Constant):
-            if not isinstance(node.value, (int, float)) or not math.isfinite(node.value):
-                raise ValueError(f"not a finite number: {node.value!r}")
-        elif isinstance(node, ast.UnaryOp):
-            if not isinstance(node.op, ast.USub) or not isinstance(node.operand, ast.Constant):
-                raise ValueError(f"not a number: {ast.unparse(node)}")
-        elif not isinstance(node, (ast.Load, ast.USub)):
-            raise ValueError(f"not a pointwise region: {text}")
-    return tree
+def parse(text: str) -> Program:
+    """The region as steps, equal subtrees once. Raises ValueError, with the part that is at fault, for anything
+    but operations with the right number of operands, h<i>, and numbers that float32 can hold."""
+    try:
+        tree = ast.parse(text, mode="eval").body
+    except (SyntaxError, ValueError) as error:
+        raise ValueError(f"not a pointwise region: {text!r}") from error
+    steps: dict[tuple[str, tuple[Operand, ...]], Step] = {}
+
+    def operand(node: ast.expr) -> Operand:
+        if isinstance(node, ast.Name) and node.id[0] == "h" and node.id[1:].isdigit():
+            return Hidden(int(node.id[1:]))
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and not node.keywords:
+            return call(node, node.func.id)
+        return _number(node)
+
+    def call(node: ast.Call, name: str) -> Step:
+        if name not in OPERATIONS:
+            raise ValueError(f"not an operation of a pointwise region: {name}")
+        if len(node.args) != OPERATIONS[name].arity:
+            raise ValueError(f"{name} takes {OPERATIONS[name].arity} operands: {ast.unparse(node)}")
+        operands = tuple(operand(a) for a in node.args)
+        if all(isinstance(o, float) for o in operands):
+            raise ValueError(f"an operation on numbers alone: {ast.unparse(node)}")
+        return steps.setdefault((name, operands), Step(len(steps)))
+
+    result = operand(tree)
+    if isinstance(result, float):
+        raise ValueError(f"a region that reads no hidden value: {text!r}")
+    return Program(tuple(steps), result)
+
+
+def _number(node: ast.expr) -> float:
+    try:
+        number = ast.literal_eval(node)
+    except ValueError:
+        number = None
+    if type(number) not in (int, float) or not abs(number) <= _FLOAT32_MAX:
+        raise ValueError(f"not a number of float32's range: {ast.unparse(node)}")
+    return float(number)
 
 
 def operands(text: str) -> int:
     """How many hidden inputs the region reads: one more than the largest index."""
-    names = [n.id for n in ast.walk(parse(text)) if isinstance(n, ast.Name) and n.id not in OPERATIONS]
-    return 1 + max(int(name[1:]) for name in names)
+    program = parse(text)
+    read = {program.result, *(o for _, args in program.steps for o in args)}
+    return 1 + max(o.index for o in read if isinstance(o, Hidden))
+
+
+def is_linear(text: str) -> bool:
+    """Whether the region is an affine map of its hidden inputs: no activation and no gate."""
+    return all(
+        name in ("add", "sub", "neg")
+        or (name == "mul" and any(isinstance(o, float) for o in args))
+        or (name == "div" and isinstance(args[1], float))
+        for name, args in parse(text).steps
+    )
 
 
 def evaluate(text: str, hidden: list[torch.Tensor]) -> torch.Tensor:
     """The region's meaning. hidden: same-shape tensors; computed and returned in float32 (float64 stays)."""
-    wide = [h if h.dtype == torch.float64 else h.float() for h in hidden]
-
-    def value(node: ast.expr) -> torch.Tensor:
-        if isinstance(node, ast.Call):
-            return OPERATIONS[node.func.id].torch(*(value(a) for a in node.args))
-        if isinstance(node, ast.Name):
-            return wide[int(node.id[1:])]
-        return wide[0].new_tensor(float(ast.literal_eval(node)))
-
-    return value(parse(text))
+    program = parse(text)
+    values: dict[Operand, torch.Tensor] = {
+        Hidden(i): h if h.dtype == torch.float64 else h.float() for i, h in enumerate(hidden)
+    }
+    kind = {"dtype": values[Hidden(0)].dtype, "device": hidden[0].device}
+    last_use = {o: i for i, (_, args) in enumerate(program.steps) for o in args}
+    for i, (name, args) in enumerate(program.steps):
+        arguments = [values.get(o, o) for o in args]
+        if name in _TENSORS_ONLY:
+            arguments = [torch.tensor(a, **kind) if isinstance(a, float) else a for a in arguments]
+        values[Step(i)] = OPERATIONS[name].torch(*arguments)
+        for o in args:
+            if last_use[o] == i:
+                values.pop(o, None)  # intermediates are large: none outlives its last use
+    return values[program.result]
 
 
 def print_cpp(text: str, names: list[str]) -> str:
-    """The region as a C++ float expression over the variables `names`."""
-    return _print(parse(text), names, "cpp", lambda number: f"{number!r}f")
+    """The region as one C++ float expression over `names`: variables or array elements of type float.
+
+    More than one operation makes a lambda, called on the spot; compilers inline it. Needs <cmath> and <algorithm>.
+    """
+    *first, last = _spell(text, names, "cpp")
+    return f"[&] {{ {' '.join(_declare_cpp(first))} return {last}; }}()" if first else last
 
 
 def print_triton(text: str, names: list[str]) -> str:
-    """The region as a Triton float32 expression over the variables `names`."""
-    return _print(parse(text), names, "triton", repr)
+    """The region as one Triton float32 expression over `names`, which are variables. Needs `tl`."""
+    return _spell(text, names, "triton", nested=True)[-1]
 
 
-def _print(node: ast.expr, names: list[str], language: str, literal) -> str:
-    if isinstance(node, ast.Call):
-        template = getattr(OPERATIONS[node.func.id], language)
-        return template.format(*(_print(a, names, language, literal) for a in node.args))
-    if isinstance(node, ast.Name):
-        return names[int(node.id[1:])]
-    return literal(float(ast.literal_eval(node)))
+def lines_cpp(text: str, names: list[str], result: str) -> list[str]:
+    """The region as C++ statements, the last of which assigns to `result`, which the caller has declared.
+
+    The others declare constants region_0, region_1, ...: put braces around a second copy in one scope.
+    """
+    *first, last = _spell(text, names, "cpp")
+    return [*_declare_cpp(first), f"{result} = {last};"]
+
+
+def lines_triton(text: str, names: list[str], result: str) -> list[str]:
+    """The region as Triton statements, unindented: `region_0 = ...`, ..., `result = ...`."""
+    *first, last = _spell(text, names, "triton")
+    return [*(f"region_{i} = {value}" for i, value in enumerate(first)), f"{result} = {last}"]
+
+
+def _declare_cpp(values: list[str]) -> list[str]:
+    return [f"const auto region_{i} = {value};" for i, value in enumerate(values)]  # auto: a comparison is a bool
+
+
+def _spell(text: str, names: list[str], language: str, nested: bool = False) -> list[str]:
+    """One expression for each step. An earlier step is `region_<i>` in it or, nested, its own expression."""
+    program = parse(text)
+    spelled: list[str] = []
+
+    def operand(o: Operand) -> str:
+        if isinstance(o, Hidden):
+            return names[o.index]
+        if isinstance(o, Step):
+            return spelled[o.index] if nested else f"region_{o.index}"
+        return f"{o!r}f" if language == "cpp" else repr(o)
+
+    for name, args in program.steps:
+        spelled.append(getattr(OPERATIONS[name], language).format(*map(operand, args)))
+    return spelled or [operand(program.result)]

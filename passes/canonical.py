@@ -68,7 +68,12 @@ def _attribute(module: torch.nn.Module, path: str) -> torch.Tensor:
 
 def clean(gm: fx.GraphModule) -> fx.GraphModule:
     """What ends every pass: dead code out (never `copy_`, which writes an input), lint, recompile."""
-    gm.graph.eliminate_dead_code(is_impure_node=lambda n: n.target is aten.copy_.default or n.is_impure())
+    # SDPA counts as random for its dropout; without dropout a dead one is as dead as any.
+    gm.graph.eliminate_dead_code(is_impure_node=lambda n: n.is_impure(impure_random=False) or _writes(n))
     gm.graph.lint()
     gm.recompile()
     return gm
+
+
+def _writes(node: fx.Node) -> bool:
+    return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable

@@ -10,6 +10,7 @@ class Reason(enum.Enum):
 
     # One attention or MLP candidate.
     CROSS_ATTENTION = "keys and values come from another sequence than the queries"
+    UNPROVEN_SELF_ATTENTION = "queries and keys share inputs, but are not proven to be the same tokens"
     CAUSAL = "causal attention: a chunk's columns end where the chunk stands"
     UNSUPPORTED_MASK = "the mask is not a key mask (one row for all queries)"
     TOO_FEW_TOKENS = "fewer tokens than min_tokens: sparse would not pay"
@@ -31,6 +32,11 @@ class Reason(enum.Enum):
     ALIASED_MUTATION = "the graph mutates an input whose storage another input shares"
     TRAINING = "gradients are required"
     DYNAMIC_SHAPES = "a dimension is symbolic"
+    # The token permutation.
+    NO_GRID = "nothing says how the tokens lie in time and space: set options={'grid': (frames, height, width)}"
+    AMBIGUOUS_GRID = "views contradict each other about the grid: set options={'grid': (frames, height, width)}"
+    GRID_MISMATCH = "no self-attention has as many tokens as the given grid"
+    WALLED_IN = "going around the ops that fix the order of tokens costs more than token order is worth"
     # One call.
     NO_CLOCK = "no evidence of step and stream: no timestep input, no generation(), no steps option"
     OVER_BUDGET = "its state does not fit the memory budget"

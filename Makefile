@@ -1,0 +1,26 @@
+# Two commands do everything on a fresh machine (Linux, Python 3.10 or newer):
+#   make demo    denoise pictures with Inductor and with backend="chipmunk", side by side
+#   make test    run the tests
+# Both make their own environment in .venv first. TORCH chooses another torch build.
+
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+BIN := .venv/bin
+
+.PHONY: demo test clean
+
+demo: .venv/ready
+	$(BIN)/python examples/quickstart.py
+
+test: .venv/ready
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+# torch goes first and alone: any looser requirement may fetch another build of it.
+.venv/ready: pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet "$(TORCH)"
+	$(BIN)/python -m pip install --quiet --editable ".[examples,test]"
+	touch $@
+
+clean:
+	rm -rf .venv out

@@ -1,0 +1,211 @@
+"""Options: frozen dataclasses, presets, strict validation of the flat dict that `torch.compile(options=...)` hands over."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields, replace
+from typing import Any
+
+
+class OptionError(ValueError):
+    """An option that does not exist, or a value that it cannot have. The message says what to write instead."""
+
+
+@dataclass(frozen=True)
+class AttentionOptions:
+    """Sparse attention."""
+
+    sparsity: float | None = 0.835
+    """Share of key columns that a delta step leaves out, 0 to 1; 0.93 computes 7% of them. None: attention stays dense."""
+    chunk: int = 64
+    """Consecutive query tokens that share their columns: 32, 64, 128 or 192."""
+    samples: int = 8
+    """Query tokens per chunk whose exact softmax rows choose the columns."""
+
+
+@dataclass(frozen=True)
+class MlpOptions:
+    """Sparse MLPs."""
+
+    sparsity: float | None = 0.7
+    """Share of hidden neurons that a delta step leaves out, 0 to 1. None: MLPs stay dense."""
+    chunk: int = 128
+    """Consecutive tokens that share their neurons: 32, 64, 128 or 192."""
+    samples: int = 8
+    """Tokens per chunk whose true change chooses the neurons."""
+
+
+@dataclass(frozen=True)
+class ScheduleOptions:
+    """Which steps recompute everything."""
+
+    refresh_every: int = 5
+    """A refresh at every such step, counted from the first one of the generation."""
+    warmup: int = 2
+    """This many first steps are refreshes: the picture is decided there."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """All options of one compiled model."""
+
+    preset: str = "balanced"
+    attention: AttentionOptions = field(default_factory=AttentionOptions)
+    mlp: MlpOptions = field(default_factory=MlpOptions)
+    schedule: ScheduleOptions = field(default_factory=ScheduleOptions)
+    min_tokens: int = 768
+    """Sites with fewer tokens stay dense: below it a sparse step does not pay."""
+    steps: int | None = None
+    """Denoising steps of a generation. When given, calls are counted and nothing is read from the device."""
+    streams: int | None = None
+    """Calls per step (2 for guidance by two calls). Used with `steps`; 1 when not given."""
+    grid: tuple[int, int, int] | None = None
+    """Frames, rows and columns of the image tokens, for the token order; found in the graph when not given."""
+    mode: str | None = None
+    """Inductor's mode: "default", "reduce-overhead", "max-autotune", ..."""
+    inductor: tuple[tuple[str, Any], ...] = ()
+    """Inductor's own options, handed on as they are."""
+
+    @staticmethod
+    def from_options(options: Mapping[str, Any] | None = None, *, mode: str | None = None) -> Config:
+        """The configuration for `torch.compile(model, backend="chipmunk", options=options, mode=mode)`.
+
+        options: flat names as in the fields above, dotted for groups ("attention.sparsity").
+        Raises OptionError for an unknown name (it offers the nearest) and for an impossible value.
+        """
+        options = dict(options or {})
+        for name in options:
+            if name not in RULES:
+                raise OptionError(_unknown(name))
+        preset = options.pop("preset", "balanced")
+        if preset not in PRESETS:
+            raise OptionError(f"preset={preset!r}: choose one of {', '.join(map(repr, PRESETS))}")
+        if mode is not None:
+            options.setdefault("mode", mode)
+        flat = {**PRESETS[preset], **options}
+        config = Config(preset=preset)
+        for name, value in flat.items():
+            config = _set(config, name, RULES[name](name, value))
+        if config.streams is not None and config.steps is None:
+            raise OptionError("streams says how many calls make one step; give steps too")
+        return config
+
+    def inductor_options(self) -> dict[str, Any]:
+        """What Inductor gets: its mode, spelled out, then its own options."""
+        import torch._inductor
+
+        expanded = dict(torch._inductor.list_mode_options(self.mode)) if self.mode else {}
+        return {**expanded, **dict(self.inductor)}
+
+
+# Points on the frontier that a small trained model gave (refresh cadence matters more than sparsity there);
+# "exact" computes every column, so it differs from dense by rounding alone.
+PRESETS: dict[str, dict[str, Any]] = {
+    "exact": {"attention.sparsity": 0.0, "mlp.sparsity": 0.0},
+    "quality": {"attention.sparsity": 0.835, "mlp.sparsity": 0.7, "schedule.refresh_every": 3},
+    "balanced": {"attention.sparsity": 0.835, "mlp.sparsity": 0.7, "schedule.refresh_every": 5},
+    "fast": {"attention.sparsity": 0.93, "mlp.sparsity": 0.8, "schedule.refresh_every": 8},
+}
+
+CHUNKS = (32, 64, 128, 192)
+
+
+def _set(config: Config, name: str, value: Any) -> Config:
+    group, _, leaf = name.rpartition(".")
+    if not group:
+        return replace(config, **{leaf: value})
+    return replace(config, **{group: replace(getattr(config, group), **{leaf: value})})
+
+
+def _unknown(name: str) -> str:
+    near = difflib.get_close_matches(name, RULES, n=1, cutoff=0.5)
+    leaf = [known for known in RULES if known.rpartition(".")[2] == name.rpartition(".")[2]]
+    hint = f"did you mean {(leaf or near)[0]!r}?" if leaf or near else f"known: {', '.join(RULES)}"
+    return f"unknown option {name!r}: {hint} Inductor's own options go into options={{'inductor': {{...}}}}"
+
+
+def _sparsity(name: str, value: Any) -> float | None:
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0.0 <= value <= 1.0:
+        raise OptionError(f"{name}={value!r}: a share from 0 (every column computed) to 1 (none), or None for dense")
+    return float(value)
+
+
+def _chunk(name: str, value: Any) -> int:
+    if value not in CHUNKS or isinstance(value, bool):
+        raise OptionError(f"{name}={value!r}: choose one of {', '.join(map(str, CHUNKS))}")
+    return int(value)
+
+
+def _at_least(least: int, optional: bool = False) -> Callable[[str, Any], int | None]:
+    def check(name: str, value: Any) -> int | None:
+        if value is None and optional:
+            return None
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            raise OptionError(f"{name}={value!r}: an integer, {least} or more")
+        return value
+
+    return check
+
+
+def _grid(name: str, value: Any) -> tuple[int, int, int] | None:
+    if value is None:
+        return None
+    whole = isinstance(value, (tuple, list)) and len(value) == 3
+    if not whole or not all(isinstance(v, int) and not isinstance(v, bool) and v > 0 for v in value):
+        raise OptionError(f"{name}={value!r}: three positive integers (frames, rows, columns); frames is 1 for an image")
+    return tuple(value)
+
+
+def _mode(name: str, value: Any) -> str | None:
+    import torch._inductor
+
+    if value is None:
+        return None
+    try:
+        torch._inductor.list_mode_options(value)
+    except (KeyError, RuntimeError, AttributeError, TypeError):
+        known = ", ".join(repr(mode) for mode in torch._inductor.list_mode_options())
+        raise OptionError(f"{name}={value!r}: Inductor knows {known}") from None
+    return value
+
+
+def _inductor(name: str, value: Any) -> tuple[tuple[str, Any], ...]:
+    import torch._inductor
+
+    if not isinstance(value, Mapping):
+        raise OptionError(f"{name}={value!r}: a dict of Inductor's own options")
+    known = torch._inductor.list_options()
+    for key in value:
+        if key.replace("-", "_") not in known:
+            near = difflib.get_close_matches(key, known, n=1)
+            raise OptionError(f"Inductor has no option {key!r}" + (f": did you mean {near[0]!r}?" if near else ""))
+    return tuple(value.items())
+
+
+def _preset(name: str, value: Any) -> str:
+    return value  # checked first, by from_options: the other options are laid over it
+
+
+# Every option and the check of its value; the order is that of the documentation.
+RULES: dict[str, Callable[[str, Any], Any]] = {
+    "preset": _preset,
+    "attention.sparsity": _sparsity,
+    "attention.chunk": _chunk,
+    "attention.samples": _at_least(1),
+    "mlp.sparsity": _sparsity,
+    "mlp.chunk": _chunk,
+    "mlp.samples": _at_least(1),
+    "schedule.refresh_every": _at_least(1),
+    "schedule.warmup": _at_least(1),
+    "min_tokens": _at_least(1),
+    "steps": _at_least(1, optional=True),
+    "streams": _at_least(1, optional=True),
+    "grid": _grid,
+    "mode": _mode,
+    "inductor": _inductor,
+}
+
+assert {name.partition(".")[0] for name in RULES} == {f.name for f in fields(Config)}

@@ -1,0 +1,206 @@
+"""A graph's programs, compiled when first needed, and the callable that Dynamo runs in place of the graph."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import fx
+
+from . import telemetry
+from .clock import Tick, fingerprint
+from .config import Config
+from .passes.lower import StateTensor, Treatment, lift_state, lower
+from .schedule import Program, program_at
+from .state import Owner, Owners, State, allocate
+
+log = logging.getLogger(__name__)
+_local = threading.local()
+
+
+@contextlib.contextmanager
+def disabled() -> Iterator[None]:
+    """Everything dense inside, without recompiling: for comparing the two by eye. Cached state goes stale and is redone."""
+    before = getattr(_local, "disabled", False)
+    _local.disabled = True
+    try:
+        yield
+    finally:
+        _local.disabled = before
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What the inputs of a graph are, by position."""
+
+    parameters: tuple[int, ...]  # name the owner
+    user: tuple[int, ...]  # tensors that the caller passed, timestep left out: identity names the stream
+    timesteps: tuple[int, ...]  # one or more candidates; those that never move do no harm
+    latents: frozenset[int] = frozenset()  # positions among `user` that have an output's shape
+
+
+class Programs:
+    """The dense, refresh and delta program of one graph. Each is compiled by Inductor when first called."""
+
+    def __init__(self, dynamo: fx.GraphModule, canonical: fx.GraphModule, treatments: Sequence[Treatment], config: Config):
+        self._dynamo, self._canonical, self._treatments, self._config = dynamo, canonical, treatments, config
+        self._compiled: dict[Program, Callable] = {}
+        self._tables: list[torch.Tensor] | None = None
+        self._lock = threading.RLock()
+        self.state = lift_state(treatments)
+
+    def run(self, program: Program, args: Sequence, state: State | None = None):
+        lifted = self._lifted(state) if state is not None else []
+        compiled = self._compiled.get(program)
+        if compiled is None:
+            with self._lock:
+                compiled = self._compiled.get(program) or self._compile(program, [*args, *lifted])
+                self._compiled[program] = compiled
+        telemetry.count(program.value)
+        return compiled(*args, *lifted)
+
+    def scope(self, scope: str) -> list[StateTensor]:
+        return [tensor for tensor in self.state if tensor.scope == scope]
+
+    def graph(self, program: Program) -> fx.GraphModule:
+        """A fresh copy of the program's graph, as Inductor gets it."""
+        if program is Program.DENSE:
+            return _copy(self._dynamo)
+        return _with_dynamo_metadata(lower(self._canonical, self._treatments, program.value), self._dynamo)
+
+    def _lifted(self, state: State) -> list[torch.Tensor]:
+        """All lifted tensors in the order in which the programs take them."""
+        if self._tables is None:
+            self._tables = [tensor.empty() for tensor in self.scope("table")]
+        scopes = {"table": iter(self._tables), "weights": iter(state.weights.tensors), "stream": iter(state.tensors)}
+        return [next(scopes[tensor.scope]) for tensor in self.state]
+
+    def _compile(self, program: Program, args: list) -> Callable:
+        graph = self.graph(program)
+        telemetry.trace_artifact(program.value, lambda: graph.print_readable(print_output=False))
+        started = time.perf_counter()
+        compiled = compile_graph(graph, args, self._config)
+        log.info("compiled the %s program in %.1f s", program.value, time.perf_counter() - started)
+        return compiled
+
+
+def compile_graph(graph: fx.GraphModule, args: list, config: Config) -> Callable:
+    """Inductor on one graph (which it takes over), outside Dynamo, for the shapes of `args`."""
+    from torch._inductor.compile_fx import compile_fx
+
+    telemetry.count("compiles")
+    fake_mode = torch._subclasses.FakeTensorMode(shape_env=None)
+    with torch._guards.tracing(torch._guards.TracingContext(fake_mode)):
+        return compile_fx(graph, args, config_patches=config.inductor_options())
+
+
+def _copy(gm: fx.GraphModule) -> fx.GraphModule:
+    """Dynamo keeps its own graph: changing that one breaks its guards."""
+    graph = fx.Graph()
+    env: dict[fx.Node, fx.Node] = {}
+    graph.output(graph.graph_copy(gm.graph, env))
+    copied = fx.GraphModule(gm, graph)
+    copied.meta.update(gm.meta)
+    return _with_dynamo_metadata(copied, gm)
+
+
+def _with_dynamo_metadata(gm: fx.GraphModule, dynamo: fx.GraphModule) -> fx.GraphModule:
+    """What tells Inductor which inputs keep their address: parameters, and lifted state.
+
+    Without it CUDA graphs copy weights, and refuse to replay a program that mutates its inputs.
+    """
+    from torch._dynamo.source import SyntheticLocalSource
+
+    sources = getattr(dynamo, "_param_name_to_source", None)
+    if sources is None or any(True for _ in gm.buffers()) or any(True for _ in gm.parameters()):
+        return gm
+    originals = [n for n in dynamo.graph.nodes if n.op == "placeholder"]
+    placeholders = [n for n in gm.graph.nodes if n.op == "placeholder"]
+    for node, original in zip(placeholders, originals):
+        node._dynamo_source = getattr(original, "_dynamo_source", None)
+        if "tensor_dict" in original.meta:
+            node.meta["tensor_dict"] = original.meta["tensor_dict"]
+    for node in placeholders[len(originals) :]:
+        node._dynamo_source = SyntheticLocalSource(f"chipmunk_{node.name}")
+        node.meta["tensor_dict"] = {"_dynamo_static_input_type": "unguarded"}
+    gm._param_name_to_source = sources
+    gm.meta["dynamo_compile_id"] = dynamo.meta.get("dynamo_compile_id")
+    return gm
+
+
+class Runner:
+    """The callable that Dynamo runs in place of one captured graph: finds state and step, runs a program."""
+
+    def __init__(self, programs: Programs, inputs: Inputs, config: Config) -> None:
+        self.programs, self._inputs, self._config = programs, inputs, config
+        self._owners = Owners(inputs.parameters, inputs.latents, config)
+        self._lock = threading.Lock()
+
+    def __call__(self, *args):
+        owner = self._owners.of(args)
+        tick = None
+        if owner is not None:
+            with self._lock:
+                tick = self._tick(owner, args)
+        if tick is None:
+            return self.programs.run(Program.DENSE, args)
+        return self._run(owner, tick, args)
+
+    def _tick(self, owner: Owner, args: Sequence) -> Tick | None:
+        """Where this call belongs; None where nothing tells."""
+        root = owner.root
+        if root.counted is not None:
+            root.leader = root.leader or owner.key
+            clock = root.counted if owner.key == root.leader else None
+        else:
+            clock = owner.clock if self._inputs.timesteps else None
+        if clock is not None:
+            user = [args[i] for i in self._inputs.user]
+            root.begin_forward(clock, clock.tick(user, lambda positions: self._read(args, user, positions)))
+        elif root.now is None:
+            root.early |= owner.key
+        if root.now is None or owner.key & root.early:
+            return None
+        owner.occurrence = owner.occurrence + 1 if owner.forward == root.forward else 0
+        owner.forward = root.forward
+        return root.now
+
+    def _read(self, args: Sequence, user: Sequence[torch.Tensor], positions: Sequence[int]):
+        """The timestep as a number (the sum over candidates moves when it does), and fingerprints of user inputs.
+
+        All of it in one read from the device.
+        """
+        numbers = [args[i] for i in self._inputs.timesteps]
+        plain = float(sum(n for n in numbers if not isinstance(n, torch.Tensor)))
+        parts = [n.double().mean().view(1) for n in numbers if isinstance(n, torch.Tensor)]
+        timesteps = len(parts)
+        parts += [fingerprint(user[p]) for p in positions]
+        device = parts[0].device if parts else None
+        read = torch.cat([p.to(device, non_blocking=True) for p in parts]).tolist() if parts else []
+        prints, at = {}, timesteps
+        for position, part in zip(positions, parts[timesteps:]):
+            prints[position] = tuple(read[at : at + len(part)])
+            at += len(part)
+        return plain + sum(read[:timesteps]), prints
+
+    def _run(self, owner: Owner, tick: Tick, args: Sequence):
+        key = (owner, owner.occurrence)
+        if getattr(_local, "disabled", False):
+            tick.stream.states.pop(key, None)
+            return self.programs.run(Program.DENSE, args)
+        state = tick.stream.states.get(key)
+        if state is None:
+            state = tick.stream.states[key] = allocate(self.programs.scope("stream"))
+            state.weights = owner.weights(self.programs.scope("weights"))
+        due = program_at(tick.step, self._config.schedule)
+        program = due if state.filled and not tick.fresh else Program.REFRESH
+        state.filled = False  # until the program has run: one that fails half way leaves nothing to build on
+        outputs = self.programs.run(program, args, state)
+        state.filled = True
+        owner.root.end_call()
+        return outputs

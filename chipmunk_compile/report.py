@@ -1,0 +1,242 @@
+"""explain(): what is accelerated, what is not, why, and what to do about it."""
+
+from __future__ import annotations
+
+import json
+import math
+import types
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+
+from .backend import Analysis, analyse
+from .config import Config
+from .passes.lower import Treatment, lift_state
+from .passes.reasons import Reason
+from .passes.sites import Declined
+
+aten = torch.ops.aten
+
+# What a person can do about a reason; no entry where nothing is to be done.
+ADVICE = {
+    Reason.TOO_FEW_TOKENS: "lower options['min_tokens'] if it should be tried all the same",
+    Reason.DROPOUT: "call model.eval()",
+    Reason.TRAINING: "call the model under torch.no_grad()",
+    Reason.DISABLED_BY_OPTION: "give the option a number",
+    Reason.MIXED_DTYPE: "load the model in the dtype that it runs in, instead of autocast",
+    Reason.UNSUPPORTED_DTYPE: "load the model in bfloat16, float16 or float32",
+    Reason.DYNAMIC_SHAPES: "compile with dynamic=False, or one resolution per compiled model",
+    Reason.NO_CLOCK: "say where generations start: with chipmunk_compile.generation(model, steps=..., streams=...), "
+    "or options={'steps': ..., 'streams': ...}",
+    Reason.OVER_BUDGET: "raise the memory budget",
+}
+
+
+@dataclass(frozen=True)
+class SiteReport:
+    """One attention or MLP of the model. FLOPs count matrix products, two per multiply-add, for one call."""
+
+    kind: str  # "attention" | "mlp"
+    name: str
+    accelerated: bool
+    reason: Reason | None
+    detail: Mapping[str, Any]
+    shapes: Mapping[str, int]
+    dense_flops: int = 0
+    delta_flops: int = 0
+    state_bytes: int = 0
+
+    @property
+    def work_saved(self) -> float:
+        """Predicted share of the site's matrix work that a delta step leaves out."""
+        return 1.0 - self.delta_flops / self.dense_flops if self.dense_flops else 0.0
+
+
+@dataclass(frozen=True)
+class GraphReport:
+    """One captured graph."""
+
+    nodes: int
+    clock: bool  # whether it receives a timestep
+    reason: Reason | None
+    detail: str
+    dense_flops: int
+    delta_flops: int
+
+
+@dataclass(frozen=True)
+class Report:
+    """What the backend would do with a model, for the inputs that it was shown."""
+
+    model: str
+    config: Config
+    sites: tuple[SiteReport, ...]
+    graphs: tuple[GraphReport, ...]
+    state_bytes: int  # of one stream
+    permutation: Any = None
+    """The token order and where it is applied; None where tokens keep their order."""
+
+    @property
+    def delta_share(self) -> float:
+        """Predicted matrix work of a delta step, as a share of a dense step's."""
+        dense = sum(g.dense_flops for g in self.graphs)
+        return sum(g.delta_flops for g in self.graphs) / dense if dense else 1.0
+
+    def to_text(self) -> str:
+        return "\n".join(self._lines())
+
+    __str__ = to_text
+
+    def to_markdown(self) -> str:
+        rows = ["| kind | site | shapes | a delta step | |", "|---|---|---|---|---|"]
+        for site in self.sites:
+            shapes = ", ".join(f"{k} {v}" for k, v in site.shapes.items())
+            what = f"{site.work_saved:.0%} less work" if site.accelerated else "dense"
+            why = "" if site.reason is None else f"{site.reason.name}: {site.reason.value}{_numbers(site.detail)}"
+            rows.append(f"| {site.kind} | `{site.name}` | {shapes} | {what} | {why} |")
+        return "\n".join([f"### {self.model}", "", *(f"- {line.strip()}" for line in self._summary()), "", *rows])
+
+    def to_json(self) -> str:
+        def plain(site: SiteReport) -> dict[str, Any]:
+            fields = {**vars(site), "reason": site.reason.name if site.reason else None, "work_saved": site.work_saved}
+            return {**fields, "detail": dict(site.detail), "shapes": dict(site.shapes)}
+
+        graphs = [{**vars(g), "reason": g.reason.name if g.reason else None} for g in self.graphs]
+        whole = {"model": self.model, "state_bytes": self.state_bytes, "delta_share": self.delta_share}
+        return json.dumps({**whole, "graphs": graphs, "sites": [plain(s) for s in self.sites]}, indent=2, default=str)
+
+    def _summary(self) -> list[str]:
+        lines = []
+        for kind, options in (("attention", self.config.attention), ("mlp", self.config.mlp)):
+            sites = [s for s in self.sites if s.kind == kind]
+            taken = sum(s.accelerated for s in sites)
+            how = f", {options.sparsity:.1%} sparse, chunks of {options.chunk} tokens" if taken else ""
+            lines.append(f"{kind:<10} {taken} of {len(sites)} accelerated{how}")
+        schedule = self.config.schedule
+        lines.append(f"schedule   refresh at the first {schedule.warmup} steps and every {schedule.refresh_every}th; delta between")
+        lines.append(f"work       a delta step does {self.delta_share:.0%} of a dense step's matrix work (predicted)")
+        lines.append(f"state      {_bytes(self.state_bytes)} per stream")
+        lines.append(f"order      {'tokens keep their order' if self.permutation is None else self.permutation}")
+        lines.append(f"clock      {self._clock()}")
+        return [f"  {line}" for line in lines]
+
+    def _clock(self) -> str:
+        if self.config.steps:
+            return f"counts calls: {self.config.steps} steps, {self.config.streams or 1} stream(s); nothing is read"
+        if any(g.clock for g in self.graphs):
+            return "the timestep input orders steps; inputs that stay the same object name the stream"
+        return f"none found: without one everything stays dense ({Reason.NO_CLOCK.name}). {ADVICE[Reason.NO_CLOCK]}"
+
+    def _lines(self) -> list[str]:
+        graphs = f"{len(self.graphs)} graph" + ("s" if len(self.graphs) != 1 else "")
+        lines = [f"chipmunk: {self.model}, {graphs}", *self._summary()]
+        whole = [(g.reason, g.detail) for g in self.graphs if g.reason not in (None, Reason.NO_SITES)]
+        dense = [s for s in self.sites if not s.accelerated]
+        if dense or whole:
+            lines += ["", "  left dense:"]
+        for reason, detail in whole:
+            lines.append(f"    {reason.name}, a whole graph: {reason.value} {detail}".rstrip())
+            lines += [f"      -> {ADVICE[reason]}"] if reason in ADVICE else []
+        for reason in dict.fromkeys(s.reason for s in dense):
+            alike = [s for s in dense if s.reason is reason]
+            lines.append(f"    {reason.name} x{len(alike)}: {reason.value}")
+            lines += [f"      -> {ADVICE[reason]}"] if reason in ADVICE else []
+            for site in alike[:3]:
+                lines.append(f"      {site.kind} {site.name}{_numbers(site.detail)}")
+            if len(alike) > 3:
+                lines.append(f"      ... and {len(alike) - 3} more")
+        return lines
+
+
+def explain(model: torch.nn.Module, *args, options: Mapping[str, Any] | None = None, **kwargs) -> Report:
+    """Runs `model(*args, **kwargs)` once, without gradients and without compiling it, and reports what
+    `torch.compile(model, backend="chipmunk", options=options)` would do.
+
+    model: any module, compiled or not. Raises OptionError for bad options, and whatever the model raises.
+    """
+    config = Config.from_options(options)
+    model = getattr(model, "_orig_mod", model)
+    analyses: list[Analysis] = []
+
+    def collect(gm: fx.GraphModule, inputs: Sequence[Any]):
+        analyses.append(analyse(gm, inputs, config))
+        return gm.forward
+
+    # A code object of its own: what Dynamo caches for it must not count against the user's compiled model.
+    call = types.FunctionType(_call.__code__.replace(co_name=f"explain_{id(analyses)}"), globals())
+    with torch.no_grad():
+        torch.compile(call, backend=collect, dynamic=False)(model.forward, args, kwargs)
+    sites = [report for a in analyses for report in _sites(a)]
+    state = sum(a.state_bytes for a in analyses)
+    return Report(type(model).__name__, config, tuple(sites), tuple(map(_graph, analyses)), state)
+
+
+def _call(function, args, kwargs):
+    return function(*args, **kwargs)
+
+
+def _sites(analysis: Analysis) -> list[SiteReport]:
+    state = [0] * len(analysis.treatments)
+    for tensor in lift_state(analysis.treatments):
+        if tensor.scope != "table":
+            state[int(tensor.name.rpartition("_")[2])] += tensor.bytes
+    taken = [_accelerated(t, held) for t, held in zip(analysis.treatments, state)]
+    return taken + [_declined(d) for d in analysis.declined]
+
+
+def _accelerated(treatment: Treatment, state_bytes: int) -> SiteReport:
+    site = treatment.site
+    names = ("batch", "heads", "q_len", "kv_len", "head_dim") if site.kind == "attention" else (
+        "batch", "tokens", "in_features", "hidden", "out_features")  # fmt: skip
+    shapes = {name: getattr(site, name) for name in names}
+    detail = {"columns": treatment.kept, "of": treatment.columns}
+    return SiteReport(
+        site.kind, site.name, True, None, detail, shapes, treatment.dense_flops, treatment.delta_flops, state_bytes
+    )
+
+
+def _declined(declined: Declined) -> SiteReport:
+    return SiteReport(declined.kind, declined.name, False, declined.reason, declined.detail, {})
+
+
+def _graph(analysis: Analysis) -> GraphReport:
+    nodes = len(analysis.canonical.graph.nodes) if analysis.canonical else 0
+    dense = graph_flops(analysis.canonical) if analysis.canonical else 0
+    saved = sum(t.dense_flops - t.delta_flops for t in analysis.treatments)
+    return GraphReport(nodes, bool(analysis.inputs.timesteps), analysis.reason, analysis.detail, dense, dense - saved)
+
+
+def graph_flops(gm: fx.GraphModule) -> int:
+    """Matrix work of one call of a canonical graph, two operations per multiply-add."""
+    total = 0
+    for node in gm.graph.nodes:
+        if node.op != "call_function" or not isinstance(node.meta.get("val"), torch.Tensor):
+            continue
+        shape = node.meta["val"].shape
+        if node.target is aten.linear.default:
+            total += 2 * math.prod(shape) * node.args[1].meta["val"].shape[1]
+        elif node.target in (aten.matmul.default, aten.mm.default, aten.bmm.default):
+            total += 2 * math.prod(shape) * node.args[0].meta["val"].shape[-1]
+        elif node.target in (aten.addmm.default, aten.baddbmm.default):
+            total += 2 * math.prod(shape) * node.args[1].meta["val"].shape[-1]
+        elif node.target is aten.scaled_dot_product_attention.default:
+            query, key = (node.args[i].meta["val"].shape for i in (0, 1))
+            total += 2 * math.prod(query[:-1]) * key[-2] * (query[-1] + shape[-1])
+        elif node.target in (aten.conv1d.default, aten.conv2d.default, aten.conv3d.default):
+            total += 2 * math.prod(shape) * math.prod(node.args[1].meta["val"].shape[1:])
+    return total
+
+
+def _numbers(detail: Mapping[str, Any]) -> str:
+    return f" ({', '.join(f'{k} {v}' for k, v in detail.items())})" if detail else ""
+
+
+def _bytes(count: int) -> str:
+    for unit in ("B", "KB", "MB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.2f} GB"

@@ -1,0 +1,49 @@
+"""Counters, and artifacts for torch's structured trace."""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections import Counter
+from collections.abc import Callable
+
+_COUNTED = ("dense", "refresh", "delta", "forecast", "generations", "streams", "compiles")
+_counts: Counter[str] = Counter()
+_lock = threading.Lock()
+# Everything that holds state; each has .state_bytes and .release().
+holders: weakref.WeakSet = weakref.WeakSet()
+
+
+def count(what: str, by: int = 1) -> None:
+    with _lock:
+        _counts[what] += by
+
+
+def counters() -> dict[str, int]:
+    """What happened since `reset()`.
+
+    Calls by program (`dense`, `refresh`, `delta`, `forecast`; one call of one captured graph counts one),
+    `generations` and `streams` that began, `compiles` (programs handed to Inductor), and `state_bytes` held now.
+    """
+    with _lock:
+        counts = {name: _counts[name] for name in _COUNTED}
+    return {**counts, "state_bytes": sum(holder.state_bytes for holder in list(holders))}
+
+
+def reset() -> None:
+    """Drops all cached state of every compiled model (programs stay compiled) and sets the counters to zero."""
+    for holder in list(holders):
+        holder.release()
+    with _lock:
+        _counts.clear()
+
+
+def trace_artifact(name: str, text: Callable[[], str]) -> None:
+    """Lands in TORCH_TRACE logs as `chipmunk_<name>` (tlparse shows it); free when tracing is off."""
+    import torch._logging
+
+    torch._logging.trace_structured(
+        "artifact",
+        metadata_fn=lambda: {"name": f"chipmunk_{name}", "encoding": "string"},
+        payload_fn=text,
+    )

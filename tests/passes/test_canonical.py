@@ -1,0 +1,71 @@
+"""Dynamo graph -> functional ATen: one spelling, placeholders in place, mutation as copy_ at the end."""
+
+import torch
+
+from tests.capture import capture
+
+aten = torch.ops.aten
+
+
+def targets(gm):
+    return [node.target for node in gm.graph.nodes if node.op == "call_function"]
+
+
+class Mutating(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear = torch.nn.Linear(6, 6)
+        self.register_buffer("steps", torch.zeros(()))
+
+    def forward(self, x, y):
+        self.steps.add_(1)
+        y[:, 0] = self.linear(x)[:, 0]
+        return y * self.steps
+
+
+def test_mutated_inputs_are_written_at_the_end():
+    (gm,) = capture(Mutating().eval(), torch.randn(3, 6), torch.randn(3, 6))
+    assert targets(gm).count(aten.copy_.default) == 2
+    written = [n for n in gm.graph.nodes if n.op == "call_function" and n.target._schema.is_mutable]
+    assert {n.target for n in written} == {aten.copy_.default}
+    assert all(n.args[0].op == "placeholder" for n in written)
+    args = [torch.randn(n.meta["val"].shape) for n in gm.graph.nodes if n.op == "placeholder"]
+    before = [a.clone() for a in args]
+    (output,) = gm(*args)
+    changed = [a for a, b in zip(args, before) if not torch.equal(a, b)]
+    assert sorted(a.dim() for a in changed) == [0, 2]
+    y, steps = (next(a for a in changed if a.dim() == d) for d in (2, 0))
+    torch.testing.assert_close(output, y * steps)
+
+
+def test_a_pure_graph_writes_nothing_and_keeps_composite_ops_whole():
+    class Plain(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = torch.nn.Linear(8, 8)
+
+        def forward(self, x):
+            q = self.linear(x).unflatten(-1, (2, 4)).transpose(1, 2)
+            o = torch.nn.functional.scaled_dot_product_attention(q, q, q)
+            return torch.nn.functional.gelu(torch.nn.functional.layer_norm(o, (4,)))
+
+    model, x = Plain().eval(), torch.randn(2, 5, 8)
+    (gm,) = capture(model, x)
+    found = targets(gm)
+    for whole in (aten.linear.default, aten.scaled_dot_product_attention.default, aten.gelu.default, aten.layer_norm.default):
+        assert found.count(whole) == 1
+    assert aten.copy_.default not in found
+    assert all("val" in node.meta for node in gm.graph.nodes if node.op == "call_function")
+
+
+def test_tensors_that_the_graph_holds_are_no_inputs():
+    table = torch.randn(5, 8)
+
+    class Holding(torch.nn.Module):
+        def forward(self, x):
+            return x + torch.tensor([1.0, 2.0]) @ torch.ones(2, 8) + table  # addition commutes: any order will do
+
+    x, model = torch.randn(5, 8), Holding()
+    (gm,) = capture(model, x)
+    args = [x, table][: sum(n.op == "placeholder" for n in gm.graph.nodes)]
+    torch.testing.assert_close(gm(*args)[0], model(x))
