@@ -7,7 +7,7 @@ import re
 from torch.fx import Node
 
 # What Dynamo puts into a path besides module names: dictionaries of modules, wrappers.
-_NOISE = {"__dict__", "_modules", "_orig_mod", "_forward_module"}
+_NOISE = {"__dict__", "_modules", "_orig_mod", "_forward_module", "__self__"}
 _SCOPE = re.compile(r"""\b[LG]\[(['"]).*?\1\]|\bgetattr\(""")  # L['self'], G['model'], getattr(
 _SLICE = re.compile(r"slice\([^()]*\)")  # a loop over blocks[:2] leaves its slice in the path
 _TOKEN = re.compile(r"""(['"])(.*?)\1|([^.\[\]()'",]+)""")

@@ -40,9 +40,9 @@ def test_a_pipeline_call(name, streams):
         pictures.append(generate(pipe, name, prompt))
         seconds.append(time.perf_counter() - started)
         counts.append(chipmunk_compile.counters())
-    assert np.abs(pictures[0] - reference).max() < 1e-3
-    assert np.abs(pictures[1] - reference).max() < 1e-3
-    assert np.abs(pictures[2] - reference).max() > 1e-3
+    assert np.abs(pictures[0] - reference).max() < 1e-4
+    assert np.abs(pictures[1] - reference).max() < 1e-4
+    assert np.abs(pictures[2] - reference).max() > 5e-4  # another prompt is another picture
     for count in counts:
         assert (count["generations"], count["streams"]) == (1, streams)
         assert count["refresh"] + count["delta"] == 10 * streams and count["dense"] == 0
@@ -59,7 +59,7 @@ def test_generations_in_a_row_without_reset():
         frames = generate(pipe, "wan", num_inference_steps=7)
         assert np.abs(frames - reference).max() < 1e-3
         assert chipmunk_compile.counters()["generations"] == number
-    assert chipmunk_compile.counters()["refresh"] == 3 * 2 * 3 + 2  # one more in the first: what it learns is not trusted yet
+    assert chipmunk_compile.counters()["refresh"] == 3 * 2 * 3  # steps 0, 1 and 4 of both streams
 
 
 def test_a_generation_broken_off_and_another_begun():
