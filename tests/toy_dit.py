@@ -11,31 +11,50 @@ from chipmunk_compile.backend import chipmunk
 TOKENS, TEXT, CHANNELS = 63, 5, 6  # odd on purpose: the last chunk is ragged
 
 
+ACTIVATIONS = {
+    "gelu_tanh": lambda h: F.gelu(h, approximate="tanh"),
+    "gelu": F.gelu,
+    "silu": F.silu,
+    "relu2": lambda h: F.relu(h).square(),
+    "geglu": lambda h, g: h * F.gelu(g),
+    "swiglu": lambda h, g: F.silu(h) * g,
+}
+GATED = ("geglu", "swiglu")
+
+
 class Block(nn.Module):
-    def __init__(self, dim: int, heads: int) -> None:
+    def __init__(self, dim: int, heads: int, activation: str) -> None:
         super().__init__()
-        self.heads = heads
+        self.heads, self.activation = heads, activation
         self.norm1, self.norm2 = nn.LayerNorm(dim), nn.LayerNorm(dim)
         self.qkv, self.out = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
-        self.up, self.down = nn.Linear(dim, 4 * dim), nn.Linear(4 * dim, dim)
+        self.up, self.down = nn.Linear(dim, 4 * dim * (2 if activation in GATED else 1)), nn.Linear(4 * dim, dim)
         self.modulation = nn.Linear(dim, 3 * dim)
 
     def forward(self, x, c):
         shift, scale, gate = self.modulation(F.silu(c))[:, None].chunk(3, -1)
         q, k, v = self.qkv(self.norm1(x) * (1 + scale) + shift).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        x = x + gate * self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
-        return x + self.down(F.gelu(self.up(self.norm2(x)), approximate="tanh"))
+        x = x + gate * self.out(self.attend(q, k, v).transpose(1, 2).flatten(2))
+        return x + self.mlp(self.norm2(x))
+
+    def attend(self, q, k, v):
+        """[B, H, N, D] each; a method of its own so that tests can put their own meaning in its place."""
+        return F.scaled_dot_product_attention(q, k, v)
+
+    def mlp(self, x):
+        h = self.up(x).chunk(2 if self.activation in GATED else 1, -1)
+        return self.down(ACTIVATIONS[self.activation](*h))
 
 
 class ToyDiT(nn.Module):
     """forward(x [B, N, CHANNELS], t [B], prompt [B, TEXT, CHANNELS]) -> [B, N, CHANNELS]."""
 
-    def __init__(self, dim: int = 32, heads: int = 2, layers: int = 2, broken: bool = False) -> None:
+    def __init__(self, dim=32, heads=2, layers=2, broken=False, activation="gelu_tanh") -> None:
         super().__init__()
         self.dim, self.broken = dim, broken
         self.into, self.text = nn.Linear(CHANNELS, dim), nn.Linear(CHANNELS, dim)
         self.time = nn.Sequential(nn.Linear(dim, dim), nn.SiLU(), nn.Linear(dim, dim))
-        self.blocks = nn.ModuleList(Block(dim, heads) for _ in range(layers))
+        self.blocks = nn.ModuleList(Block(dim, heads, activation) for _ in range(layers))
         self.final = nn.Linear(dim, CHANNELS)
 
     def forward(self, x, t, prompt):

@@ -1,0 +1,96 @@
+"""Sites -> ops: exact op counts before and after, the state that both programs take, and what must not be touched."""
+
+import pytest
+import torch
+
+from chipmunk_compile.passes import PASSES
+from chipmunk_compile.passes.attention_sites import find_attention
+from chipmunk_compile.passes.lower import Treatment, lift_state, lower
+from chipmunk_compile.passes.mlp_sites import find_mlps
+from tests.capture import capture
+from tests.toy_dit import Loop, toy
+
+aten, chipmunk = torch.ops.aten, torch.ops.chipmunk
+
+
+def prepare(kept=(17, 51), segments=None, **kwargs):
+    (gm,) = capture(toy(**kwargs), *next(iter(Loop(batch=2))))
+    for rewrite in PASSES:
+        gm = rewrite(gm)
+    sites = find_attention(gm, min_tokens=8)[0] + find_mlps(gm, min_tokens=8)[0]
+    treatments = [
+        Treatment(site, kept[site.kind == "mlp"], 32, 4, segments or (68,)) for site in sites
+    ]
+    return gm, treatments
+
+
+def count(gm, *targets):
+    found = [node.target for node in gm.graph.nodes]
+    return tuple(found.count(target) for target in targets)
+
+
+OPS = (
+    aten.scaled_dot_product_attention.default,
+    aten.gelu.default,
+    aten.linear.default,
+    aten.copy_.default,
+    chipmunk.attention_refresh.default,
+    chipmunk.attention_delta.default,
+    chipmunk.mlp_delta.default,
+)
+
+
+def test_op_counts():
+    gm, treatments = prepare()
+    linears = count(gm, aten.linear.default)[0]
+    assert count(gm, *OPS) == (2, 2, linears, 0, 0, 0, 0)
+    # A refresh writes five caches an MLP: activations, samples, output, W2 transposed, its norms.
+    assert count(lower(gm, treatments, "refresh"), *OPS) == (0, 2, linears, 10, 2, 0, 0)
+    assert count(lower(gm, treatments, "delta"), *OPS) == (0, 0, linears - 4, 0, 0, 2, 2)
+    assert count(gm, *OPS) == (2, 2, linears, 0, 0, 0, 0)  # the canonical graph is left as it was
+
+
+def test_only_treated_sites_change():
+    gm, treatments = prepare()
+    one = [t for t in treatments if t.site.kind == "attention"][:1]
+    assert count(lower(gm, one, "delta"), *OPS[:2], *OPS[4:]) == (1, 2, 0, 1, 0)
+
+
+def test_with_no_column_kept_the_caches_are_the_output():
+    gm, treatments = prepare(kept=(0, 0))
+    delta = lower(gm, treatments, "delta")
+    assert count(delta, *OPS[:2], *OPS[4:]) == (0, 0, 0, 0, 0)
+    assert {t.name.rpartition("_")[0] for t in lift_state(treatments) if t.scope == "stream"} == {"o_cache", "out_cache"}
+
+
+def test_both_programs_take_the_same_state_behind_the_inputs():
+    gm, treatments = prepare()
+    inputs = [n.name for n in gm.graph.nodes if n.op == "placeholder"]
+    names = [t.name for t in lift_state(treatments)]
+    for program in ("refresh", "delta"):
+        placeholders = [n.name for n in lower(gm, treatments, program).graph.nodes if n.op == "placeholder"]
+        assert placeholders == inputs + names
+
+
+def test_state_bytes_are_those_that_are_allocated():
+    for tensor in lift_state(prepare()[1]):
+        made = tensor.empty()
+        assert (tuple(made.shape), made.stride(), made.dtype) == (tensor.shape, tensor.stride, tensor.dtype)
+        assert made.untyped_storage().nbytes() == tensor.bytes
+
+
+@pytest.mark.parametrize("segments", [(68,), (5, 63), (5, 31, 32)])
+def test_refresh_then_delta_on_the_same_inputs_is_the_dense_output(segments):
+    """Run eagerly, without Inductor: a program alone can be called by a test."""
+    gm, treatments = prepare(segments=segments)
+    inputs = [torch.randn(n.meta["val"].shape) / 3 for n in gm.graph.nodes if n.op == "placeholder"]
+    state = [tensor.empty() for tensor in lift_state(treatments)]
+    for tensor in state:
+        if tensor.is_floating_point():
+            tensor.fill_(float("nan"))
+    with torch.no_grad():
+        dense = gm(*inputs)[0]
+        refreshed = lower(gm, treatments, "refresh")(*inputs, *state)[0]
+        again = lower(gm, treatments, "delta")(*inputs, *state)[0]
+    for output in (refreshed, again):
+        assert (output - dense).abs().max() < 1e-5 * dense.abs().max()

@@ -1,0 +1,85 @@
+"""explain(): what a report holds, and that looking changes nothing."""
+
+import json
+
+import pytest
+import torch
+
+import chipmunk_compile
+from chipmunk_compile import OptionError, Reason
+from tests.toy_dit import SMALL, Loop, compile_toy, toy
+
+
+def report(model=None, **options):
+    return chipmunk_compile.explain(toy() if model is None else model, *next(iter(Loop())), options={**SMALL, **options})
+
+
+def test_sites_names_shapes_and_predictions():
+    found = report(**{"attention.sparsity": 0.75, "mlp.sparsity": 0.5})
+    taken = {site.name: site for site in found.sites if site.accelerated}
+    assert sum(site.accelerated for site in found.sites) == 4
+    attention = [s for s in found.sites if s.kind == "attention"]
+    assert [s.shapes["q_len"] for s in attention] == [68, 68]
+    assert all(s.work_saved == pytest.approx(0.75) and s.detail == {"columns": 17, "of": 68} for s in attention)
+    assert all(site.reason is None for site in taken.values())
+    conditioning = [s for s in found.sites if s.reason is Reason.CONDITIONING_MLP]
+    assert conditioning and not any(s.accelerated for s in conditioning)
+    tables = found.state_bytes - sum(s.state_bytes for s in found.sites)
+    assert 0 < tables < 1000  # chunk starts and sample tokens, shared by sites of a kind
+
+
+def test_few_tokens_are_left_dense_with_the_numbers_and_the_cure():
+    found = report(min_tokens=100)
+    few = [s for s in found.sites if s.reason is Reason.TOO_FEW_TOKENS]
+    assert len(few) == 4 and not any(s.accelerated for s in found.sites)
+    assert all(s.detail["min_tokens"] == 100 for s in few)
+    assert found.delta_share == 1.0 and found.state_bytes == 0
+    assert "min_tokens" in found.to_text()
+
+
+def test_switched_off_by_an_option():
+    found = report(**{"mlp.sparsity": None})
+    assert [s.reason for s in found.sites if s.kind == "mlp" and s.shapes == {} and "option" in s.detail] == [
+        Reason.DISABLED_BY_OPTION
+    ] * 2
+    assert sum(s.accelerated for s in found.sites) == 2
+
+
+def test_every_form_says_the_same():
+    found = report()
+    data = json.loads(found.to_json())
+    assert len(data["sites"]) == len(found.sites)
+    assert data["delta_share"] == found.delta_share
+    markdown = found.to_markdown()
+    for site in found.sites:
+        assert f"`{site.name}`" in markdown
+        assert site.reason is None or site.reason.name in markdown
+    assert str(found) == found.to_text()
+
+
+def test_a_model_without_a_clock_is_told_so():
+    class Timeless(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.block = toy().blocks[0]
+
+        def forward(self, x, t, prompt):
+            return self.block(torch.cat([prompt, x], 1).repeat(1, 1, 6)[..., :32], t[:, None].expand(-1, 32))
+
+    found = report(Timeless().eval())
+    assert [g.clock for g in found.graphs] == [False]
+    assert "NO_CLOCK" in found.to_text() and "generation(" in found.to_text()
+
+
+def test_explaining_compiles_nothing_and_leaves_the_model_as_it_was():
+    model = toy()
+    compiled, _ = compile_toy(model)
+    for target in (model, compiled):
+        report(target)
+    assert chipmunk_compile.counters()["compiles"] == 0
+    assert not any(module._forward_pre_hooks or module._forward_hooks for module in model.modules())
+
+
+def test_bad_options_are_errors_here_too():
+    with pytest.raises(OptionError, match="attention.sparsity"):
+        report(**{"attention.sparsity": 1.5})
