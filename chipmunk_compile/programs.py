@@ -7,7 +7,6 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import fx
@@ -15,12 +14,15 @@ from torch import fx
 from . import telemetry
 from .clock import Tick, fingerprint
 from .config import Config
-from .passes.lower import StateTensor, Treatment, lift_state, lower
+from .passes.lower import StateTensor, lift_state, lower
+from .plan import Analysis, Plan, make_plan
 from .schedule import Program, program_at
 from .state import Owner, Owners, State, allocate
 
 log = logging.getLogger(__name__)
 _local = threading.local()
+# Picture sizes of as many tokens for which programs are compiled.
+MOST_ORDERS = 4
 
 
 @contextlib.contextmanager
@@ -34,25 +36,15 @@ def disabled() -> Iterator[None]:
         _local.disabled = before
 
 
-@dataclass(frozen=True)
-class Inputs:
-    """What the inputs of a graph are, by position."""
-
-    parameters: tuple[int, ...]  # name the owner
-    user: tuple[int, ...]  # tensors that the caller passed, timestep left out: identity names the stream
-    timesteps: tuple[int, ...]  # one or more candidates; those that never move do no harm
-    latents: frozenset[int] = frozenset()  # positions among `user` that have an output's shape
-
-
 class Programs:
     """The dense, refresh and delta program of one graph. Each is compiled by Inductor when first called."""
 
-    def __init__(self, dynamo: fx.GraphModule, canonical: fx.GraphModule, treatments: Sequence[Treatment], config: Config):
-        self._dynamo, self._canonical, self._treatments, self._config = dynamo, canonical, treatments, config
+    def __init__(self, dynamo: fx.GraphModule, plan: Plan, config: Config) -> None:
+        self._dynamo, self.plan, self._config = dynamo, plan, config
         self._compiled: dict[Program, Callable] = {}
         self._tables: list[torch.Tensor] | None = None
         self._lock = threading.RLock()
-        self.state = lift_state(treatments)
+        self.state = lift_state(plan.treatments)
 
     def run(self, program: Program, args: Sequence, state: State | None = None):
         lifted = self._lifted(state) if state is not None else []
@@ -71,14 +63,16 @@ class Programs:
         """A fresh copy of the program's graph, as Inductor gets it."""
         if program is Program.DENSE:
             return _copy(self._dynamo)
-        return _with_dynamo_metadata(lower(self._canonical, self._treatments, program.value), self._dynamo)
+        return _with_dynamo_metadata(lower(self.plan.canonical, self.plan.treatments, program.value), self._dynamo)
 
     def _lifted(self, state: State) -> list[torch.Tensor]:
-        """All lifted tensors in the order in which the programs take them."""
+        """All lifted tensors in the order in which the programs take them: token orders first."""
         if self._tables is None:
+            device = self.state[0].device
+            self._orders = [order.to(device) for order in self.plan.orders]
             self._tables = [tensor.empty() for tensor in self.scope("table")]
         scopes = {"table": iter(self._tables), "weights": iter(state.weights.tensors), "stream": iter(state.tensors)}
-        return [next(scopes[tensor.scope]) for tensor in self.state]
+        return [*self._orders, *(next(scopes[tensor.scope]) for tensor in self.state)]
 
     def _compile(self, program: Program, args: list) -> Callable:
         graph = self.graph(program)
@@ -136,20 +130,32 @@ def _with_dynamo_metadata(gm: fx.GraphModule, dynamo: fx.GraphModule) -> fx.Grap
 class Runner:
     """The callable that Dynamo runs in place of one captured graph: finds state and step, runs a program."""
 
-    def __init__(self, programs: Programs, inputs: Inputs, config: Config) -> None:
-        self.programs, self._inputs, self._config = programs, inputs, config
-        self._owners = Owners(inputs.parameters, inputs.latents, config)
+    def __init__(self, gm: fx.GraphModule, analysis: Analysis, config: Config) -> None:
+        self._dynamo, self._analysis, self._config = gm, analysis, config
+        self._inputs = analysis.inputs
+        self._owners = Owners(self._inputs.parameters, self._inputs.latents, config)
         self._lock = threading.Lock()
+        self._by_grid: dict[tuple, Programs] = {}
+        self.programs: Programs | None = None
 
     def __call__(self, *args):
         owner = self._owners.of(args)
-        tick = None
-        if owner is not None:
-            with self._lock:
-                tick = self._tick(owner, args)
+        with self._lock:
+            tick = self._tick(owner, args)
+            if self.programs is None or (tick is not None and tick.step == 0 and not owner.root.counted):
+                self._order_tokens(args)
         if tick is None:
             return self.programs.run(Program.DENSE, args)
         return self._run(owner, tick, args)
+
+    def _order_tokens(self, args: Sequence) -> None:
+        """At the first step of a generation: another picture size may be another order of as many tokens."""
+        if self.programs is not None and (not self._analysis.reads_grid or len(self._by_grid) >= MOST_ORDERS):
+            return  # any order is right; one too many to compile for is merely not the best
+        grids = self._analysis.grids(args)
+        if grids not in self._by_grid:
+            self._by_grid[grids] = Programs(self._dynamo, make_plan(self._analysis, grids, self._config), self._config)
+        self.programs = self._by_grid[grids]
 
     def _tick(self, owner: Owner, args: Sequence) -> Tick | None:
         """Where this call belongs; None where nothing tells."""
@@ -189,18 +195,19 @@ class Runner:
         return plain + sum(read[:timesteps]), prints
 
     def _run(self, owner: Owner, tick: Tick, args: Sequence):
-        key = (owner, owner.occurrence)
+        programs = self.programs
+        key = (owner, owner.occurrence, programs)
         if getattr(_local, "disabled", False):
             tick.stream.states.pop(key, None)
-            return self.programs.run(Program.DENSE, args)
+            return programs.run(Program.DENSE, args)
         state = tick.stream.states.get(key)
         if state is None:
-            state = tick.stream.states[key] = allocate(self.programs.scope("stream"))
-            state.weights = owner.weights(self.programs.scope("weights"))
+            state = tick.stream.states[key] = allocate(programs.scope("stream"))
+            state.weights = owner.weights(programs.scope("weights"))
         due = program_at(tick.step, self._config.schedule)
         program = due if state.filled and not tick.fresh else Program.REFRESH
         state.filled = False  # until the program has run: one that fails half way leaves nothing to build on
-        outputs = self.programs.run(program, args, state)
+        outputs = programs.run(program, args, state)
         state.filled = True
         owner.root.end_call()
         return outputs

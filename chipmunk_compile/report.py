@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import types
@@ -12,11 +13,13 @@ from typing import Any
 import torch
 from torch import fx
 
-from .backend import Analysis, analyse
 from .config import Config
 from .passes.lower import Treatment, lift_state
+from .passes.permute_tokens import PermutationPlan
 from .passes.reasons import Reason
 from .passes.sites import Declined
+from .passes.token_order import patch_size
+from .plan import Analysis, Plan, analyse, make_plan
 
 aten = torch.ops.aten
 
@@ -68,6 +71,28 @@ class GraphReport:
 
 
 @dataclass(frozen=True)
+class PermutationReport:
+    """The order of tokens inside the model, or why it is the caller's."""
+
+    grids: tuple = ()  # (frames, rows, columns) of each run of tokens; empty where none was found
+    patch: tuple[int, ...] = ()  # the box of tokens that is a chunk
+    gathers: tuple[tuple[str, int], ...] = ()  # where tokens are reordered, and bytes moved there a step
+    bytes: int = 0  # moved by a step, what is fixed over a generation left out
+    walls: tuple[str, ...] = ()  # ops at which the permuted region ends
+    reason: Reason | None = None
+    detail: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    def __str__(self) -> str:
+        if self.reason is not None:
+            return f"tokens keep their order: {self.reason.name}, {self.reason.value}{_numbers(self.detail)}"
+        if not self.gathers:
+            return "tokens keep their order"
+        grids = ", ".join("x".join(map(str, grid)) for grid in self.grids)
+        what = f"chunks are boxes of {'x'.join(map(str, self.patch))} tokens" if self.patch else "order unknown: as given"
+        return f"{what} (grid {grids or 'not readable'}); {len(self.gathers)} gathers move {_bytes(self.bytes)} a step"
+
+
+@dataclass(frozen=True)
 class Report:
     """What the backend would do with a model, for the inputs that it was shown."""
 
@@ -76,8 +101,7 @@ class Report:
     sites: tuple[SiteReport, ...]
     graphs: tuple[GraphReport, ...]
     state_bytes: int  # of one stream
-    permutation: Any = None
-    """The token order and where it is applied; None where tokens keep their order."""
+    permutation: PermutationReport
 
     @property
     def delta_share(self) -> float:
@@ -106,6 +130,8 @@ class Report:
 
         graphs = [{**vars(g), "reason": g.reason.name if g.reason else None} for g in self.graphs]
         whole = {"model": self.model, "state_bytes": self.state_bytes, "delta_share": self.delta_share}
+        order = {**vars(self.permutation), "reason": self.permutation.reason.name if self.permutation.reason else None}
+        whole["permutation"] = {**order, "detail": dict(self.permutation.detail)}
         return json.dumps({**whole, "graphs": graphs, "sites": [plain(s) for s in self.sites]}, indent=2, default=str)
 
     def _summary(self) -> list[str]:
@@ -119,7 +145,7 @@ class Report:
         lines.append(f"schedule   refresh at the first {schedule.warmup} steps and every {schedule.refresh_every}th; delta between")
         lines.append(f"work       a delta step does {self.delta_share:.0%} of a dense step's matrix work (predicted)")
         lines.append(f"state      {_bytes(self.state_bytes)} per stream")
-        lines.append(f"order      {'tokens keep their order' if self.permutation is None else self.permutation}")
+        lines.append(f"order      {self.permutation}")
         lines.append(f"clock      {self._clock()}")
         return [f"  {line}" for line in lines]
 
@@ -159,31 +185,53 @@ def explain(model: torch.nn.Module, *args, options: Mapping[str, Any] | None = N
     """
     config = Config.from_options(options)
     model = getattr(model, "_orig_mod", model)
-    analyses: list[Analysis] = []
+    found: list[tuple[Analysis, Plan | None]] = []
+    grids: list[tuple] = []
 
     def collect(gm: fx.GraphModule, inputs: Sequence[Any]):
-        analyses.append(analyse(gm, inputs, config))
+        analysis = analyse(gm, inputs, config)
+        plan = None
+        if analysis.reason is None:
+            grids.append(analysis.grids(inputs))
+            plan = make_plan(analysis, grids[-1], config)
+        found.append((analysis, plan))
         return gm.forward
 
     # A code object of its own: what Dynamo caches for it must not count against the user's compiled model.
-    call = types.FunctionType(_call.__code__.replace(co_name=f"explain_{id(analyses)}"), globals())
+    call = types.FunctionType(_call.__code__.replace(co_name=f"explain_{id(found)}"), globals())
     with torch.no_grad():
         torch.compile(call, backend=collect, dynamic=False)(model.forward, args, kwargs)
-    sites = [report for a in analyses for report in _sites(a)]
-    state = sum(a.state_bytes for a in analyses)
-    return Report(type(model).__name__, config, tuple(sites), tuple(map(_graph, analyses)), state)
+    sites = [site for analysis, plan in found for site in _sites(analysis, plan)]
+    state = sum(tensor.bytes for _, plan in found if plan for tensor in lift_state(plan.treatments))
+    graphs = tuple(_graph(analysis, plan) for analysis, plan in found)
+    return Report(type(model).__name__, config, tuple(sites), graphs, state, _permutation(found, grids, config))
 
 
 def _call(function, args, kwargs):
     return function(*args, **kwargs)
 
 
-def _sites(analysis: Analysis) -> list[SiteReport]:
-    state = [0] * len(analysis.treatments)
-    for tensor in lift_state(analysis.treatments):
+def _permutation(found, grids: list[tuple], config: Config) -> PermutationReport:
+    """Of the first graph that has sites: what comes behind a graph break is rare, and alike."""
+    plans = [analysis.permutation for analysis, plan in found if plan is not None]
+    if not plans:
+        return PermutationReport()
+    (plan, *_), (first, *_) = plans, grids
+    if not isinstance(plan, PermutationPlan):
+        return PermutationReport(reason=plan.reason, detail=plan.detail)
+    known = tuple(grid for run in first if run for grid in run)
+    gathers = tuple((gather.path or gather.value.name, gather.bytes) for gather in plan.gathers)
+    patch = patch_size(known[0], config.attention.chunk) if known else ()
+    return PermutationReport(known, patch, gathers, plan.bytes, tuple(wall.name for wall in plan.walls))
+
+
+def _sites(analysis: Analysis, plan: Plan | None) -> list[SiteReport]:
+    treatments = plan.treatments if plan is not None else ()
+    state = [0] * len(treatments)
+    for tensor in lift_state(treatments):
         if tensor.scope != "table":
             state[int(tensor.name.rpartition("_")[2])] += tensor.bytes
-    taken = [_accelerated(t, held) for t, held in zip(analysis.treatments, state)]
+    taken = [_accelerated(t, held) for t, held in zip(treatments, state)]
     return taken + [_declined(d) for d in analysis.declined]
 
 
@@ -202,10 +250,10 @@ def _declined(declined: Declined) -> SiteReport:
     return SiteReport(declined.kind, declined.name, False, declined.reason, declined.detail, {})
 
 
-def _graph(analysis: Analysis) -> GraphReport:
+def _graph(analysis: Analysis, plan: Plan | None) -> GraphReport:
     nodes = len(analysis.canonical.graph.nodes) if analysis.canonical else 0
     dense = graph_flops(analysis.canonical) if analysis.canonical else 0
-    saved = sum(t.dense_flops - t.delta_flops for t in analysis.treatments)
+    saved = sum(t.dense_flops - t.delta_flops for t in plan.treatments) if plan is not None else 0
     return GraphReport(nodes, bool(analysis.inputs.timesteps), analysis.reason, analysis.detail, dense, dense - saved)
 
 

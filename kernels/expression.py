@@ -1,18 +1,18 @@
 """The pointwise region of an MLP, as text that every backend can print: `mul(silu(h0), h1)`.
 
-The matcher writes it, the ops carry it (op schemas know strings, not graphs), and each kernel family prints it in
-its own language. `h0`, `h1`, ... are the outputs of the up projections; the rest are numbers and the names in
-OPERATIONS. All arithmetic is float32: the result is rounded once, to the dtype of the activation, as Inductor's
-fused pointwise code does.
+The matcher writes it, the ops carry it (op schemas know strings, not graphs), and each kernel family prints
+it in its own language. `h0`, `h1`, ... are the outputs of the up projections; the rest are numbers and the
+names in OPERATIONS. All arithmetic is float32: the result is rounded once, to the dtype of the activation, as
+Inductor's fused pointwise code does.
 
     evaluate(text, [h0, h1])               the meaning, in torch
     print_cpp(text, ["a", "b"])            one C++ float expression, free of side effects
     print_triton(text, ["a", "b"])         one Triton float32 expression
-    lines_cpp(text, ["a", "b"], "out[i]")  the same as statements, one an operation; the last is `out[i] = ...;`
+    lines_cpp(text, ["a", "b"], "out[i]")  the same as statements, the last of which is `out[i] = ...;`
     lines_triton(text, ["a", "b"], "act")  likewise in Triton; the last is `act = ...`
 
-The text is a tree, so what a graph shares is spelled out twice; `parse` finds it again (equal subtrees become one
-step), and neither statements nor torch compute it twice. Triton's compiler merges it in `print_triton`'s form too.
+The text is a tree, so what a graph shares is spelled out twice; `parse` finds it again (equal subtrees become
+one step), and neither statements nor torch compute it twice. In `print_triton`'s form Triton merges it.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ import torch.nn.functional as F
 class Operation:
     """How one operation is spelled: a torch function, and templates with {0}, {1}, ... for operands.
 
-    Operands are put in as names, numbers or in parentheses. C++ is written for auto-vectorisation: no branch, and
-    `expf`, `tanhf`, `erff`, `logf` and `log1pf` stand unqualified, so that the scope they are printed into may offer
-    vectorised ones. Triton uses `tl` alone: libdevice has no interpreter.
+    Operands are put in as names, numbers or in parentheses. C++ is written for auto-vectorisation: no
+    branch, and `expf`, `tanhf`, `erff` and `logf` stand unqualified, so that the scope they are printed into
+    may offer vectorised ones. Triton uses `tl` alone: libdevice has no interpreter.
     """
 
     arity: int
@@ -82,7 +82,7 @@ OPERATIONS: dict[str, Operation] = {
     "softplus": Operation(
         1,
         functools.partial(F.softplus, threshold=40),
-        "(std::max({0}, 0.0f) + log1pf(expf(-std::fabs({0}))))",
+        "(std::max({0}, 0.0f) + logf(1.0f + expf(-std::fabs({0}))))",
         "(tl.maximum({0}, 0.0) + tl.log(1.0 + tl.exp(-tl.abs({0}))))",
     ),
 }
@@ -110,7 +110,7 @@ Operand = Hidden | Step | float
 
 @dataclass(frozen=True)
 class Program:
-    """A region in steps: step i is (name of the operation, its operands). `result` is the last step, if there is one."""
+    """A region in steps: step i is (name of the operation, its operands); `result` is the last, if any."""
 
     steps: tuple[tuple[str, tuple[Operand, ...]], ...]
     result: Hidden | Step
@@ -118,8 +118,11 @@ class Program:
 
 @functools.lru_cache(maxsize=256)
 def parse(text: str) -> Program:
-    """The region as steps, equal subtrees once. Raises ValueError, with the part that is at fault, for anything
-    but operations with the right number of operands, h<i>, and numbers that float32 can hold."""
+    """The region as steps, equal subtrees once.
+
+    Raises ValueError, naming the part at fault, for anything but operations with the right number of
+    operands, h<i>, and numbers that float32 can hold.
+    """
     try:
         tree = ast.parse(text, mode="eval").body
     except (SyntaxError, ValueError) as error:
@@ -198,7 +201,7 @@ def evaluate(text: str, hidden: list[torch.Tensor]) -> torch.Tensor:
 def print_cpp(text: str, names: list[str]) -> str:
     """The region as one C++ float expression over `names`: variables or array elements of type float.
 
-    More than one operation makes a lambda, called on the spot; compilers inline it. Needs <cmath> and <algorithm>.
+    Of more than one operation it is a lambda, called on the spot and inlined. Needs <cmath> and <algorithm>.
     """
     *first, last = _spell(text, names, "cpp")
     return f"[&] {{ {' '.join(_declare_cpp(first))} return {last}; }}()" if first else last
@@ -225,7 +228,8 @@ def lines_triton(text: str, names: list[str], result: str) -> list[str]:
 
 
 def _declare_cpp(values: list[str]) -> list[str]:
-    return [f"const auto region_{i} = {value};" for i, value in enumerate(values)]  # auto: a comparison is a bool
+    # auto, because a comparison is a bool
+    return [f"const auto region_{i} = {value};" for i, value in enumerate(values)]
 
 
 def _spell(text: str, names: list[str], language: str, nested: bool = False) -> list[str]:

@@ -1,22 +1,22 @@
 // Attention on the chosen columns of each chunk of queries, float32. kernels/reference.py says what it means.
 
-struct Attention {  // kernels/cpu.py declares the same fields in the same order
+struct Attention {  // kernels/native.py declares the same fields, in the same order
   Sgemm sgemm;
   const float *query, *key, *value;  // [batch, heads, tokens, head_dim], any strides but 1 along head_dim
   const float* bias;                 // [batch, kv_len], additive, kMasked where masked; null without a mask
   const int32_t *chunk_starts, *samples;
-  float *o, *o_cache;                // [batch, heads, q_len, head_dim]; o in [batch, q_len, heads, head_dim] order
-  int32_t *columns, *counts;         // [batch, heads, chunks, kept], [batch, heads, chunks]
+  float *o, *o_cache;         // [batch, heads, q_len, head_dim]; o in [batch, q_len, heads, head_dim] order
+  int32_t *columns, *counts;  // [batch, heads, chunks, kept], [batch, heads, chunks]
   int64_t batch, heads, kv_heads, q_len, kv_len, head_dim;
   int64_t chunks, chunk, per_chunk, kept;
-  int64_t query_batch, query_head, query_token, key_batch, key_head, key_token, value_batch, value_head, value_token;
-  int64_t cache_batch, cache_head, cache_token, bias_batch;
+  int64_t query_batch, query_head, query_token, key_batch, key_head, key_token;
+  int64_t value_batch, value_head, value_token, cache_batch, cache_head, cache_token, bias_batch;
   double scale;
 };
 
 namespace {
 
-constexpr int64_t kBlock = 512;    // columns at a time: their keys, values and weights stay in L2
+constexpr int64_t kBlock = 512;   // columns at a time: their keys, values and weights stay in L2
 constexpr float kFaint = 1e-30f;  // a sum of weights below this has lost digits to underflow
 
 struct Head {  // one head of one batch item
@@ -27,14 +27,10 @@ struct Head {  // one head of one batch item
 
 Head head_of(const Attention& a, int64_t index) {
   const int64_t b = index / a.heads, h = index % a.heads, kv = h / (a.heads / a.kv_heads);
-  return {a.query + b * a.query_batch + h * a.query_head,
-          a.key + b * a.key_batch + kv * a.key_head,
-          a.value + b * a.value_batch + kv * a.value_head,
-          a.bias ? a.bias + b * a.bias_batch : nullptr,
-          a.o + (b * a.q_len * a.heads + h) * a.head_dim,
-          a.o_cache + b * a.cache_batch + h * a.cache_head,
-          a.columns + index * a.chunks * a.kept,
-          a.counts + index * a.chunks};
+  return {a.query + b * a.query_batch + h * a.query_head,  a.key + b * a.key_batch + kv * a.key_head,
+          a.value + b * a.value_batch + kv * a.value_head, a.bias ? a.bias + b * a.bias_batch : nullptr,
+          a.o + (b * a.q_len * a.heads + h) * a.head_dim,  a.o_cache + b * a.cache_batch + h * a.cache_head,
+          a.columns + index * a.chunks * a.kept,           a.counts + index * a.chunks};
 }
 
 // Rows of logits are padded to whole lanes with kMasked: a loop's scalar rest would cost as much as the loop.
@@ -42,7 +38,7 @@ void pad_row(float* row, int64_t size) { std::fill(row + size, row + padded(size
 
 // By hand: without -ffinite-math-only gcc does not vectorise a maximum.
 float row_max(const float* row, int64_t size) {
-  using Lanes = float __attribute__((vector_size(kLanes * sizeof(float))));
+  using Lanes = float __attribute__((vector_size(kLanes * sizeof(float)), may_alias));
   const auto* lanes = reinterpret_cast<const Lanes*>(row);  // rows of scratch are aligned
   Lanes best = lanes[0];
   for (int64_t i = 1; i < padded(size) / kLanes; ++i) best = lanes[i] > best ? lanes[i] : best;
@@ -89,7 +85,8 @@ int64_t sparse_scratch(const Attention& a) {
 }
 
 // to = from + sign * softmax over the chunk's columns of (scale * query @ key^T + bias) @ value.
-void add_sparse(const Attention& a, const Head& head, int64_t c, Rows from, float sign, Rows to, Scratch& scratch) {
+void add_sparse(const Attention& a, const Head& head, int64_t c, Rows from, float sign, Rows to,
+                Scratch& scratch) {
   const int64_t dim = a.head_dim, first = a.chunk_starts[c], rows = a.chunk_starts[c + 1] - first;
   const int64_t count = head.counts[c], block = padded(std::min(kBlock, a.kv_len));
   const int32_t* columns = count == a.kv_len ? nullptr : head.columns + c * a.kept;
@@ -114,9 +111,12 @@ void add_sparse(const Attention& a, const Head& head, int64_t c, Rows from, floa
       key = {keys, dim, true};
       value = {values, dim, false};
     }
-    multiply(a.sgemm, rows, size, dim, static_cast<float>(a.scale) * kLog2E, queries, key, 0.0f, weights, stride);
+    multiply(a.sgemm, rows, size, dim, static_cast<float>(a.scale) * kLog2E, queries, key, 0.0f, weights,
+             stride);
     if (head.bias) {
-      for (int64_t i = 0; i < size; ++i) bias[i] = kLog2E * head.bias[columns ? columns[start + i] : start + i];
+      for (int64_t i = 0; i < size; ++i) {
+        bias[i] = kLog2E * head.bias[columns ? columns[start + i] : start + i];
+      }
     }
     for (int64_t row = 0; row < rows; ++row) {
       float* w = weights + row * stride;
@@ -133,7 +133,8 @@ void add_sparse(const Attention& a, const Head& head, int64_t c, Rows from, floa
         for (int64_t d = 0; d < dim; ++d) sum[d] *= rescale;
       }
     }
-    multiply(a.sgemm, rows, dim, size, 1.0f, {weights, stride, false}, value, start > 0 ? 1.0f : 0.0f, sums, dim);
+    multiply(a.sgemm, rows, dim, size, 1.0f, {weights, stride, false}, value, start > 0 ? 1.0f : 0.0f, sums,
+             dim);
   }
   for (int64_t row = 0; row < rows; ++row) {
     const float factor = total[row] > 0 ? sign / total[row] : 0.0f;
@@ -142,7 +143,8 @@ void add_sparse(const Attention& a, const Head& head, int64_t c, Rows from, floa
   }
 }
 
-// Chooses a chunk's columns by the probabilities of its sampled rows: weights [rows, padded(kv_len)] over their totals.
+// Chooses a chunk's columns by its sampled rows' probabilities: weights [rows, padded(kv_len)] over total
+// [rows].
 void choose_columns(const Attention& a, const Head& head, int64_t c, const float* weights, const float* total,
                     float* scores, float* scratch) {
   const int64_t size = a.kv_len, stride = padded(size);
@@ -171,8 +173,9 @@ int64_t refresh_scratch(const Attention& a) {
   return a.chunk * (size + a.head_dim + 1) + size + choice + sparse;
 }
 
-// One chunk's dense output, its columns, and o_cache. The dense weights do all three: they score the columns, and those
-// of the chosen columns, over their own sum, are the sparse part's, so there is no second query @ key^T.
+// One chunk's dense output, its columns, and o_cache. The dense weights serve all three: they score the
+// columns, and those of the chosen columns, over their own sum, are the sparse part's. So query @ key^T is
+// done once.
 void refresh_chunk(const Attention& a, const Head& head, int64_t c, Scratch& scratch) {
   const int64_t dim = a.head_dim, first = a.chunk_starts[c], rows = a.chunk_starts[c + 1] - first;
   const int64_t size = a.kv_len, stride = padded(size);
@@ -185,8 +188,8 @@ void refresh_chunk(const Attention& a, const Head& head, int64_t c, Scratch& scr
     for (int64_t m = 0; m < size; ++m) bias[m] = kLog2E * head.bias[m];
   }
   multiply(a.sgemm, rows, size, dim, static_cast<float>(a.scale) * kLog2E,
-           {head.query + first * a.query_token, a.query_token, false}, {head.key, a.key_token, true}, 0.0f, weights,
-           stride);
+           {head.query + first * a.query_token, a.query_token, false}, {head.key, a.key_token, true}, 0.0f,
+           weights, stride);
   for (int64_t row = 0; row < rows; ++row) {
     float* w = weights + row * stride;
     if (head.bias) {
@@ -195,8 +198,8 @@ void refresh_chunk(const Attention& a, const Head& head, int64_t c, Scratch& scr
     pad_row(w, size);
     total[row] = exponentiate(w, size, row_max(w, size));
   }
-  multiply(a.sgemm, rows, dim, size, 1.0f, {weights, stride, false}, {head.value, a.value_token, false}, 0.0f, sums,
-           dim);
+  multiply(a.sgemm, rows, dim, size, 1.0f, {weights, stride, false}, {head.value, a.value_token, false}, 0.0f,
+           sums, dim);
   for (int64_t row = 0; row < rows; ++row) {
     const float factor = total[row] > 0 ? 1.0f / total[row] : 0.0f;
     add_row(nullptr, factor, sums + row * dim, o.data + (first + row) * o.stride, dim);
@@ -227,7 +230,8 @@ void refresh_chunk(const Attention& a, const Head& head, int64_t c, Scratch& scr
   }
   float* values = scratch.take(padded(a.kept) * dim);
   gather_rows(head.value, a.value_token, columns, count, dim, values);
-  multiply(a.sgemm, rows, dim, count, 1.0f, {chosen, chosen_stride, false}, {values, dim, false}, 0.0f, sums, dim);
+  multiply(a.sgemm, rows, dim, count, 1.0f, {chosen, chosen_stride, false}, {values, dim, false}, 0.0f, sums,
+           dim);
   for (int64_t row = 0; row < rows; ++row) {
     const int64_t token = first + row;
     const float* dense = o.data + token * o.stride;
@@ -245,25 +249,39 @@ void for_each_chunk(const Attention& a, int64_t threads, int64_t floats, Work wo
   }
 }
 
+// Whether a refresh has filled columns and counts: what they hold is used as an address.
+bool sound_columns(const Attention& a) {
+  int32_t least = 0, most = 0;
+  for (int64_t list = 0; list < a.batch * a.heads * a.chunks; ++list) {
+    const int64_t count = a.counts[list];
+    if (count == a.kv_len) continue;
+    if (count < 0 || count > a.kept) return false;
+    const int32_t* columns = a.columns + list * a.kept;
+    for (int64_t i = 0; i < count; ++i) {
+      least = std::min(least, columns[i]);
+      most = std::max(most, columns[i]);
+    }
+  }
+  return least >= 0 && most < a.kv_len;
+}
+
 }  // namespace
 
-extern "C" int64_t attention_bytes() { return sizeof(Attention); }
-
-// o = dense attention; columns and counts chosen anew; o_cache = o - sparse part. Returns 1 if the tables are unsound.
+// o = dense attention; columns and counts chosen anew; o_cache = o - sparse part. 1: the tables are unsound.
 extern "C" int attention_refresh(const Attention* arguments, int64_t threads) {
   const Attention& a = *arguments;
   if (!sound_tables(a.chunk_starts, a.samples, a.chunks, a.per_chunk, a.q_len, a.chunk)) return 1;
   const int64_t floats = std::max(refresh_scratch(a), sparse_scratch(a));
-  for_each_chunk(a, threads, floats, [&](const Head& head, int64_t c, Scratch& scratch) {
-    refresh_chunk(a, head, c, scratch);
-  });
+  for_each_chunk(a, threads, floats,
+                 [&](const Head& head, int64_t c, Scratch& scratch) { refresh_chunk(a, head, c, scratch); });
   return 0;
 }
 
-// o = o_cache + sparse part. Returns 1 if the tables are unsound.
+// o = o_cache + sparse part. Returns 1 if the tables are unsound, 2 if columns or counts are.
 extern "C" int attention_delta(const Attention* arguments, int64_t threads) {
   const Attention& a = *arguments;
   if (!sound_tables(a.chunk_starts, nullptr, a.chunks, 0, a.q_len, a.chunk)) return 1;
+  if (!sound_columns(a)) return 2;
   for_each_chunk(a, threads, sparse_scratch(a), [&](const Head& head, int64_t c, Scratch& scratch) {
     add_sparse(a, head, c, cached_rows(a, head), 1.0f, output_rows(a, head), scratch);
   });

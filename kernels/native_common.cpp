@@ -1,5 +1,5 @@
 // What every native kernel shares: a row-major GEMM, 2^x, scratch memory, and the choice of the best columns.
-// kernels/native.py puts this text in front of native_attention.cpp or native_mlp.cpp.
+// kernels/native_build.py puts this text in front of native_attention.cpp or native_mlp.cpp.
 
 #include <algorithm>
 #include <cmath>
@@ -23,9 +23,9 @@ struct Operand {
   bool transposed;
 };
 
-// c[m, n] = alpha * a @ b + beta * c, row-major: column-major BLAS sees the transposed product, so b goes first.
-inline void multiply(Sgemm sgemm, int64_t m, int64_t n, int64_t k, float alpha, Operand a, Operand b, float beta,
-                     float* c, int64_t c_stride) {
+// c[m, n] = alpha * a @ b + beta * c, row-major: column-major BLAS sees the transposes, so b goes first.
+inline void multiply(Sgemm sgemm, int64_t m, int64_t n, int64_t k, float alpha, Operand a, Operand b,
+                     float beta, float* c, int64_t c_stride) {
   const char* a_form = a.transposed ? "T" : "N";
   const char* b_form = b.transposed ? "T" : "N";
   sgemm(b_form, a_form, &n, &m, &k, &alpha, b.data, &b.stride, a.data, &a.stride, &beta, c, &c_stride);
@@ -56,8 +56,8 @@ inline float exp2_fast(float x) {
   return p * power;
 }
 
-// What a printed region calls. They hide the C library's functions of the same names, which only some versions of it
-// offer in vectors: absolute error 1.5e-7 at most, of expf relative to the result.
+// What a printed region calls. They hide the C library's functions of the same names, which only some
+// versions of it offer in vectors: absolute error 1.5e-7 at most, of expf relative to the result.
 namespace fast {
 
 inline float expf(float x) { return exp2_fast(std::min(kLog2E * x, 127.0f)); }
@@ -80,8 +80,8 @@ inline float erff(float x) {
 
 }  // namespace fast
 
-// Uninitialised floats that grow and stay with their thread: fresh pages cost more than the arithmetic on them.
-// Each piece begins on a cache line: loads across two lines would take twice as long.
+// Uninitialised floats that grow and stay with their thread: fresh pages cost more than the arithmetic on
+// them. Each piece begins on a cache line: loads across two lines would take twice as long.
 class Scratch {
  public:
   void reserve(int64_t floats) {
@@ -107,8 +107,8 @@ class Scratch {
   int64_t size_ = 0, used_ = 0;
 };
 
-inline void gather_rows(const float* source, int64_t stride, const int32_t* rows, int64_t count, int64_t width,
-                        float* out) {
+inline void gather_rows(const float* source, int64_t stride, const int32_t* rows, int64_t count,
+                        int64_t width, float* out) {
   constexpr int64_t kAhead = 8;
   for (int64_t i = 0; i < count; ++i) {
     if (i + kAhead < count) __builtin_prefetch(source + rows[i + kAhead] * stride);
@@ -121,25 +121,33 @@ constexpr int64_t kBins = 4096;  // exponent and 4 bits of mantissa of a non-neg
 // Floats of scratch that choose_best needs.
 inline int64_t choose_scratch(int64_t size) { return kBins + size; }
 
-// Writes the indices of the `keep` largest scores, ascending, to `chosen`; equal scores at the edge go to the lower
-// index. A negative score is never chosen. Returns how many were written. Exact, at the price of one pass of a
-// histogram: floats that are not negative sort as their bits do, so the edge lies in one bin.
+// A float's bits: those of floats that are not negative sort as the floats do. NaN sorts above or is
+// negative.
+inline int32_t bits_of(float x) {
+  int32_t bits;
+  std::memcpy(&bits, &x, sizeof bits);
+  return bits;
+}
+
+// Writes the indices of the `keep` largest scores, ascending, to `chosen`; equal scores at the edge go to the
+// lower index. A negative score is never chosen. Returns how many were written. Exact, for the price of a
+// histogram: the edge lies in one bin, whose members alone are sorted.
 inline int64_t choose_best(const float* scores, int64_t size, int64_t keep, int32_t* chosen, float* scratch) {
   auto* bins = reinterpret_cast<int32_t*>(scratch);
   auto* edge = bins + kBins;
-  const auto* bits = reinterpret_cast<const int32_t*>(scores);
   std::fill(bins, bins + kBins, 0);
   int64_t valid = 0;
   for (int64_t i = 0; i < size; ++i) {
-    if (bits[i] >= 0) {
-      ++bins[bits[i] >> 19];
+    const int32_t bits = bits_of(scores[i]);
+    if (bits >= 0) {
+      ++bins[bits >> 19];
       ++valid;
     }
   }
   int64_t written = 0;
   if (valid <= keep) {
     for (int64_t i = 0; i < size; ++i) {
-      if (bits[i] >= 0) chosen[written++] = static_cast<int32_t>(i);
+      if (bits_of(scores[i]) >= 0) chosen[written++] = static_cast<int32_t>(i);
     }
     return written;
   }
@@ -148,8 +156,9 @@ inline int64_t choose_best(const float* scores, int64_t size, int64_t keep, int3
   --bin;
   int64_t members = 0;
   for (int64_t i = 0; i < size; ++i) {
-    edge[members] = bits[i];
-    members += (bits[i] >> 19) == bin;
+    const int32_t bits = bits_of(scores[i]);
+    edge[members] = bits;
+    members += bits >> 19 == bin;
   }
   const int64_t wanted = keep - above;
   std::nth_element(edge, edge + (wanted - 1), edge + members, [](int32_t a, int32_t b) { return a > b; });
@@ -157,15 +166,16 @@ inline int64_t choose_best(const float* scores, int64_t size, int64_t keep, int3
   int64_t ties = wanted;
   for (int64_t i = 0; i < wanted; ++i) ties -= edge[i] > threshold;
   for (int64_t i = 0; i < size && written < keep; ++i) {
-    const bool tie = bits[i] == threshold && ties > 0;
+    const int32_t bits = bits_of(scores[i]);
+    const bool tie = bits == threshold && ties > 0;
     ties -= tie;
     chosen[written] = static_cast<int32_t>(i);
-    written += tie || bits[i] > threshold;
+    written += tie || bits > threshold;
   }
   return written;
 }
 
-// Whether the tables are what they claim: chunks cover 0..tokens in lengths of 1..chunk, samples lie in their chunk.
+// Whether chunks cover 0..tokens in lengths of 1..chunk, and samples lie in their chunks.
 inline bool sound_tables(const int32_t* starts, const int32_t* samples, int64_t chunks, int64_t per_chunk,
                          int64_t tokens, int64_t chunk) {
   if (starts[0] != 0 || starts[chunks] != tokens) return false;

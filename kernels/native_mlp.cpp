@@ -1,17 +1,17 @@
 // The MLP's chosen neurons of each chunk of tokens, float32. kernels/reference.py says what it means.
-// In front of this text kernels/native.py puts `kInputs` and `fast::region(h, i)`, printed from the MLP's activation.
+// In front of this text kernels/native_build.py puts `kInputs` and the activation, `fast::region(h, i)`.
 
-struct Mlp {  // kernels/cpu.py declares the same fields in the same order
+struct Mlp {  // kernels/native.py declares the same fields, in the same order
   Sgemm sgemm;
-  const float* x;                        // [batch, tokens, in_width]
-  const float* weights[kInputs];         // each [hidden, in_width]
-  const float* biases[kInputs];          // each [hidden], or null
-  int64_t weight_strides[kInputs];       // elements between a weight's rows
-  const float *down, *down_norm;         // [hidden, out_width], [hidden]
+  const float* x;                   // [batch, tokens, in_width]
+  const float* weights[kInputs];    // each [hidden, in_width]
+  const float* biases[kInputs];     // each [hidden], or null
+  int64_t weight_strides[kInputs];  // elements between a weight's rows
+  const float *down, *down_norm;    // [hidden, out_width], [hidden]
   const int32_t *chunk_starts, *samples;
-  float* act_cache;                      // [batch, hidden, tokens], any strides but 1 along tokens
-  float* sample_cache;                   // [batch, chunks, per_chunk, hidden]
-  float *out_cache, *out;                // [batch, tokens, out_width]
+  float* act_cache;        // [batch, hidden, tokens], any strides but 1 along tokens
+  float* sample_cache;     // [batch, chunks, per_chunk, hidden]
+  float *out_cache, *out;  // [batch, tokens, out_width]
   int64_t batch, tokens, in_width, hidden, out_width;
   int64_t chunks, chunk, per_chunk, kept;
   int64_t x_batch, x_token, act_batch, act_neuron;
@@ -28,7 +28,8 @@ int64_t block_size(const Mlp& m) {
   return std::min(m.kept, std::max(kBlockLeast, fits));
 }
 
-// scores[chunk, f] of one group of chunks of one batch item: how much the sampled tokens' activations changed.
+// How much the sampled tokens' activations changed in chunks [begin, end) of one batch item: scores[chunk,
+// f].
 void score_group(const Mlp& m, int64_t b, int64_t begin, int64_t end, float* scores, Scratch& scratch) {
   const int64_t rows = (end - begin) * m.per_chunk, hidden = m.hidden;
   scratch.reserve(rows * (m.in_width + kInputs * hidden));
@@ -40,8 +41,8 @@ void score_group(const Mlp& m, int64_t b, int64_t begin, int64_t end, float* sco
     if (m.biases[j]) {
       for (int64_t r = 0; r < rows; ++r) std::memcpy(h[j] + r * hidden, m.biases[j], hidden * sizeof(float));
     }
-    multiply(m.sgemm, rows, hidden, m.in_width, 1.0f, {x, m.in_width, false}, {m.weights[j], m.weight_strides[j], true},
-             m.biases[j] ? 1.0f : 0.0f, h[j], hidden);
+    multiply(m.sgemm, rows, hidden, m.in_width, 1.0f, {x, m.in_width, false},
+             {m.weights[j], m.weight_strides[j], true}, m.biases[j] ? 1.0f : 0.0f, h[j], hidden);
   }
   for (int64_t c = begin; c < end; ++c) {
     float* score = scores + (b * m.chunks + c) * hidden;
@@ -59,7 +60,8 @@ void score_group(const Mlp& m, int64_t b, int64_t begin, int64_t end, float* sco
 
 int64_t update_scratch(const Mlp& m) {
   const int64_t block = block_size(m);
-  return block * (std::max(m.in_width, m.out_width) + (kInputs + 1) * m.chunk) + m.kept + choose_scratch(m.hidden);
+  return block * (std::max(m.in_width, m.out_width) + (kInputs + 1) * m.chunk) + m.kept +
+         choose_scratch(m.hidden);
 }
 
 // Recomputes one chunk's chosen neurons: the caches take the new activations, the output their change.
@@ -117,16 +119,15 @@ void update_chunk(const Mlp& m, int64_t b, int64_t c, const float* scores, Scrat
       gather_rows(m.down, m.out_width, neurons, size, m.out_width, rows);
       down.data = rows;
     }
-    multiply(m.sgemm, length, m.out_width, size, 1.0f, {change, length, true}, down, 1.0f, out_cache, m.out_width);
+    multiply(m.sgemm, length, m.out_width, size, 1.0f, {change, length, true}, down, 1.0f, out_cache,
+             m.out_width);
   }
   std::memcpy(m.out + (b * m.tokens + first) * m.out_width, out_cache, length * m.out_width * sizeof(float));
 }
 
 }  // namespace
 
-extern "C" int64_t mlp_bytes() { return sizeof(Mlp); }
-
-// out = out_cache, after the chosen neurons' change. Returns 1 if the tables are unsound.
+// out = out_cache, after the chosen neurons' change. 1: the tables are unsound.
 extern "C" int mlp_delta(const Mlp* arguments, int64_t threads) {
   const Mlp& m = *arguments;
   if (!sound_tables(m.chunk_starts, m.samples, m.chunks, m.per_chunk, m.tokens, m.chunk)) return 1;
@@ -146,7 +147,8 @@ extern "C" int mlp_delta(const Mlp* arguments, int64_t threads) {
 #pragma omp for schedule(dynamic)
       for (int64_t task = 0; task < m.batch * groups; ++task) {
         const int64_t index = task % groups;
-        score_group(m, task / groups, m.chunks * index / groups, m.chunks * (index + 1) / groups, scores, scratch);
+        score_group(m, task / groups, m.chunks * index / groups, m.chunks * (index + 1) / groups, scores,
+                    scratch);
       }
     }
 #pragma omp for schedule(dynamic)

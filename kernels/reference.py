@@ -1,8 +1,8 @@
 """What each op means, in plain torch, and the tables and state that all of them share.
 
-Every fast path equals the functions `attention_refresh`, `attention_delta` and `mlp_delta` of this module up to
-rounding. They run on any device and dtype (float64 too) without reading anything back to the host, and they compute
-every column and mask what is not chosen: clear, but no faster than dense.
+Every fast path equals the functions `attention_refresh`, `attention_delta` and `mlp_delta` of this module up
+to rounding. They run on any device and dtype (float64 too), read nothing back to the host, and compute every
+column and mask what is not chosen: clear, but no faster than dense.
 
 Shapes: B batch, H heads, Hkv key heads (H is a multiple), N query tokens, M key tokens, D head_dim, C chunks,
 s sampled tokens per chunk, K kept columns; I, F, O the widths of the MLP's input, hidden layer and output.
@@ -17,8 +17,8 @@ import torch.nn.functional as F
 
 from .expression import evaluate
 
-# An additive mask at or below this leaves a column no weight (exp underflows), so it counts as masked: masks are
-# written with -inf, with a dtype's smallest number and with -10000 (-9984 in bfloat16).
+# An additive mask at or below this leaves a column no weight (exp underflows), so it counts as masked: masks
+# are written with -inf, with a dtype's smallest number and with -10000 (-9984 in bfloat16).
 MASK_EDGE = -9e3
 MASKED = -1e30  # what a masked column's bias becomes: finite, so that differences of two stay numbers
 
@@ -41,10 +41,10 @@ def chunk_table(segments: Sequence[int], chunk: int) -> torch.Tensor:
 
 
 def sample_table(chunk_starts: torch.Tensor, samples: int) -> torch.Tensor:
-    """The tokens whose rows choose a chunk's columns: int32 [C, s], absolute positions, one per equal stretch.
+    """The tokens whose rows choose a chunk's columns: int32 [C, s], positions, one from each equal stretch.
 
-    Within its stretch a token's place moves on by the golden ratio: a chunk that is a square patch of an image would
-    otherwise be sampled in one column of pixels only. In a chunk of fewer than `samples` tokens some repeat.
+    Within its stretch a token's place moves on by the golden ratio: a chunk that is a square patch of an
+    image would otherwise be sampled in one column of pixels. In a chunk of fewer than s tokens some repeat.
     """
     starts = chunk_starts.to("cpu", torch.float64)
     stretch = torch.arange(samples, dtype=torch.float64)
@@ -62,7 +62,8 @@ def attention_state(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Room for one attention's (o_cache, columns, counts), to be filled by a refresh.
 
-    o_cache: [B, H, N, D] with the memory order [B, N, H, D]; columns: int32 [B, H, C, K]; counts: int32 [B, H, C].
+    o_cache: [B, H, N, D] in the memory order [B, N, H, D]; columns: int32 [B, H, C, K]; counts: int32
+    [B, H, C].
     """
     o_cache = torch.empty(batch, q_len, heads, head_dim, dtype=dtype, device=device).transpose(1, 2)
     columns = torch.zeros(batch, heads, chunks, min(kept, kv_len), dtype=torch.int32, device=device)
@@ -103,7 +104,7 @@ def key_bias(key_mask: torch.Tensor | None, dtype: torch.dtype = torch.float32) 
 
 
 def dense_attention(query, key, value, key_mask, scale: float) -> torch.Tensor:
-    """SDPA as the model would run it: [B, H, N, D] with the memory order [B, N, H, D], so that heads merge freely.
+    """SDPA as the model would run it, [B, H, N, D] in the memory order [B, N, H, D]: heads merge for free.
 
     Without NaN: a batch item whose keys are all masked gives zeros where the backend gives NaN.
     """
@@ -145,9 +146,10 @@ def masked_softmax(logits: torch.Tensor, allowed: torch.Tensor) -> torch.Tensor:
 
 
 def attention_refresh(
-    query, key, value, key_mask, chunk_starts, sample_tokens, o_cache, columns, counts, scale: float, chunk: int
-) -> torch.Tensor:
-    """Dense attention, and new state: columns by attention mass, o_cache = dense - softmax over them alone @ V."""
+    query, key, value, key_mask, chunk_starts, sample_tokens, o_cache, columns, counts,
+    scale: float, chunk: int,
+) -> torch.Tensor:  # fmt: skip
+    """Dense attention. State: columns by attention mass, o_cache = dense - softmax over them alone @ V."""
     o = dense_attention(query, key, value, key_mask, scale)
     kept, total = columns.shape[-1], key.shape[2]
     bias = key_bias(key_mask, wide(query.dtype))
@@ -211,10 +213,10 @@ def _sparse_attention(query, key, value, bias, chunk_starts, columns, counts, sc
 
 
 def mlp_delta(
-    x, up_weights, up_biases, down_t, down_norm, chunk_starts, sample_tokens, act_cache, sample_cache, out_cache,
-    region: str, chunk: int, columns: int,
+    x, up_weights, up_biases, down_t, down_norm, chunk_starts, sample_tokens,
+    act_cache, sample_cache, out_cache, region: str, chunk: int, columns: int,
 ) -> torch.Tensor:  # fmt: skip
-    """out_cache += (new activation - act_cache) @ W2 over the neurons that changed most, chosen for each chunk."""
+    """out_cache += (new activation - act_cache) @ W2, over each chunk's neurons that changed most."""
     dtype, hidden = wide(x.dtype), act_cache.shape[1]
     biases = list(up_biases) or [None] * len(up_weights)
     ups = [F.linear(x.to(dtype), w.to(dtype), None if b is None else b.to(dtype)) for w, b in zip(up_weights, biases)]
@@ -229,7 +231,7 @@ def mlp_delta(
         chosen = torch.zeros_like(chosen).scatter_(-1, best.long(), True)
     by_token = chosen.index_select(1, _chunk_of_token(chunk_starts, x.shape[1]))  # [B, N, F]
     old = act_cache.transpose(1, 2)
-    # The rounded activation, the one that the cache keeps: with the unrounded one the error grows with every step.
+    # The rounded activation, which the cache keeps: with the unrounded one the error grows with every step.
     change = (rounded.to(dtype) - old.to(dtype)).masked_fill(~by_token, 0.0)
     out_cache += (change @ down_t.to(dtype)).to(out_cache.dtype)
     act_cache.copy_(torch.where(by_token, rounded, old).transpose(1, 2))

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from torch.fx import Node
 
 from .contractions import Contraction, read_contraction
-from .nodes import aten, is_cast, is_identity, is_static, is_tensor, known_scalar, known_value, shape
+from .nodes import aten, is_cast, is_identity, is_static, is_tensor, known_scalar, known_value, readers, shape
 
 VIEWS = (aten.view.default, aten._unsafe_view.default, aten.reshape.default)
 # exp(x - max) is zero in every format for such x, unless nothing else in the row is larger.
@@ -56,7 +56,7 @@ def read_scores(softmax: Node) -> Scores | None:
 
     No node on the way may have another reader.
     """
-    path = _path(softmax.args[0])
+    path = score_path(softmax.args[0])
     if path is None or not all(map(is_static, path)):
         return None
     # The first guess, that the last dimension is the keys', holds unless the softmax runs over the other side.
@@ -69,9 +69,12 @@ def read_scores(softmax: Node) -> Scores | None:
     return None
 
 
-def _path(node: Node) -> list[Node] | None:
-    """The chain of nodes from a product down to `node`."""
-    if not is_tensor(node) or len(node.users) != 1:
+def score_path(node: Node, exclusive: bool = True) -> list[Node] | None:
+    """The chain from a product down to `node`, through what scales, masks and rearranges scores.
+
+    `exclusive`: no node of it may have another reader.
+    """
+    if not is_tensor(node) or (exclusive and len(readers(node)) != 1):
         return None
     if read_contraction(node) is not None:
         return [node]
@@ -79,7 +82,7 @@ def _path(node: Node) -> list[Node] | None:
         return None
     for operand in node.all_input_nodes:
         if is_tensor(operand) and math.prod(shape(operand)) == math.prod(shape(node)):
-            path = _path(operand) if _carries(node, operand) else None
+            path = score_path(operand, exclusive) if _carries(node, operand) else None
             if path is not None:
                 return [*path, node]
     return None

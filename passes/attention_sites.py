@@ -10,6 +10,7 @@ from .naming import module_path
 from .nodes import aten, dtype, is_static, shape, under_autocast
 from .origin_rules import Origins
 from .origins import Axis, Entry, Label, Segment, has_identity, size_of
+from .other_attention import find_other_attention
 from .reasons import Reason
 from .sdpa import SDPA, Sdpa, read_sdpa
 from .sites import AttentionSite, Declined
@@ -37,7 +38,7 @@ def find_attention(gm: fx.GraphModule, *, min_tokens: int) -> tuple[list[Attenti
             sites.append(_site(node, attention))
         else:
             declined.append(Declined("attention", module_path(node), *refusal))
-    return sites, declined
+    return sites, declined + find_other_attention(gm, origins)
 
 
 def _site(node: Node, attention: Sdpa) -> AttentionSite:
@@ -106,12 +107,18 @@ def _foreign_tokens(query: tuple[Label, ...], key: tuple[Label, ...]) -> tuple[R
         return Reason.CROSS_ATTENTION, {}
     shared = _shared(tokens, keys)
     if shared == size_of(tokens):
-        if size_of(query[0]) == 1 or query[0] == key[0] or _shared(query[0], key[0]) == size_of(query[0]):
+        if _same_batch(query[0], key[0]):
             return None
         return Reason.UNPROVEN_SELF_ATTENTION, {"shared_tokens": shared, "batch": size_of(query[0])}
     if shared or _inputs(tokens) & _inputs(keys):
         return Reason.UNPROVEN_SELF_ATTENTION, {"shared_tokens": shared}
     return Reason.CROSS_ATTENTION, {"shared_tokens": 0}
+
+
+def _same_batch(query: Label, key: Label) -> bool:
+    if query == key or _shared(query, key) == size_of(query):
+        return True
+    return size_of(query) == 1 and not (_evidence(query[0]) and _evidence(key[0]))
 
 
 def _evidence(segment: Segment) -> list[Entry]:

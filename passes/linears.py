@@ -46,7 +46,7 @@ class Piece:
 
 @dataclass(frozen=True)
 class Mlp:
-    """`region` over `pieces` of linears, one for each hidden value; `input`: what all of them read, else None."""
+    """`region` over `pieces` of linears, one a hidden value. `input`: what all read; None if they differ."""
 
     region: Region
     pieces: tuple[Piece, ...]
@@ -58,7 +58,7 @@ class Mlp:
 
 
 def read_mlp(value: Node) -> Mlp | None:
-    """The MLP up to its activation, `value`: linears, then a pointwise region that is more than an affine map."""
+    """The MLP up to its activation, `value`: linears, then a pointwise region that is not merely affine."""
     region = read_region(value, is_hidden)
     if region is None or (not region.unsupported and is_linear(region.text)):
         return None
@@ -68,7 +68,7 @@ def read_mlp(value: Node) -> Mlp | None:
 
 
 def parts_of(down: Node) -> tuple[list[Node], list[Node]]:
-    """(parts, between): the values that a linear reads, those of a cat of columns one by one, and what lies between."""
+    """(parts, between): what a linear reads, a cat of columns part by part, and the nodes in between."""
     between, value = [], down.args[0]
     while is_identity(value):
         between.append(value)
@@ -84,8 +84,9 @@ def is_map(node: Node) -> bool:
     """A linear map by a matrix [out_features, in_features], of known sizes."""
     if node.target is not aten.linear.default:
         return False
-    sizes = shape(node), shape(node.args[0]), shape(node.args[1])
-    return len(sizes[2]) == 2 and len(sizes[0]) >= 2 and all(isinstance(n, int) for size in sizes for n in size)
+    output, matrix = shape(node), shape(node.args[1])
+    known = all(isinstance(n, int) for n in (*output, *shape(node.args[0]), *matrix))
+    return known and len(output) >= 2 and len(matrix) == 2
 
 
 def bias_of(linear: Node) -> Node | None:
@@ -100,8 +101,8 @@ def is_hidden(node: Node) -> bool:
 def piece_of(node: Node) -> Piece | None:
     """Which columns of a linear `node` holds: by split, chunk, slice, narrow, or a view and unbind or select.
 
-        linear(x) [.., 2 F] -> split(F, -1)[1]               columns F to 2 F
-                            -> view [.., 2, F] -> [.., 1, :]  the same
+    linear(x) [.., 2 F]  ->  split(F, -1)[1]                  columns F to 2 F
+                         ->  view [.., 2, F]  ->  [.., 1, :]  the same
     """
     if not is_tensor(node):
         return None
@@ -120,7 +121,7 @@ def piece_of(node: Node) -> Piece | None:
 
 
 def takes_apart(node: Node) -> bool:
-    """The half of a cut that is no piece itself: the tuple of a split or unbind, the view before an unbind."""
+    """The half of a cut that is no piece itself: a split's or unbind's tuple, the view before an unbind."""
     return node.target in _SPLITS or node.target in _UNFLATTENS or node.target is aten.unbind.int
 
 

@@ -7,15 +7,17 @@ No op looks anything up, so Inductor fuses around the ops and CUDA graphs can re
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate, groupby
 
 import torch
 from torch import fx
 
 from ..kernels import ops  # noqa: F401  (defines torch.ops.chipmunk)
-from ..kernels.reference import chunk_table, sample_table
+from ..kernels.reference import sample_table
 from .canonical import clean
 from .sites import AttentionSite, MlpSite
 
@@ -28,9 +30,13 @@ class Treatment:
 
     site: AttentionSite | MlpSite
     kept: int  # columns (keys or hidden neurons) that a delta computes for each chunk
-    chunk: int
-    samples: int
-    segments: tuple[int, ...]  # token counts; chunks restart at each
+    samples: int  # tokens of a chunk that choose its columns
+    chunks: tuple[int, ...]  # lengths of the chunks, in token order; they sum to the site's tokens
+
+    @property
+    def chunk(self) -> int:
+        """The longest chunk: the tile that a kernel needs."""
+        return max(self.chunks)
 
     @property
     def columns(self) -> int:
@@ -46,8 +52,8 @@ class Treatment:
         """The same for a delta step, the choice of neurons included."""
         if self.site.kind == "attention" or self.kept in (0, self.columns):
             return self._flops(self.kept)
-        site, sampled = self.site, len(chunk_table(self.segments, self.chunk)) - 1
-        choice = 2 * site.batch * sampled * self.samples * site.hidden * site.in_features * len(site.up)
+        site = self.site
+        choice = 2 * site.batch * len(self.chunks) * self.samples * site.hidden * site.in_features * len(site.up)
         return self._flops(self.kept) + choice
 
     def _flops(self, columns: int) -> int:
@@ -120,21 +126,23 @@ def lower(gm: fx.GraphModule, treatments: Sequence[Treatment], program: str) -> 
 
 def _tables(treatment: Treatment) -> list[StateTensor]:
     device = treatment.site.node.meta["val"].device
-    starts = chunk_table(treatment.segments, treatment.chunk)
-    samples = sample_table(starts, treatment.samples)
+    starts = torch.tensor([0, *accumulate(treatment.chunks)], dtype=torch.int32)
     return [
         StateTensor(name, "table", tuple(v.shape), tuple(v.stride()), v.dtype, device, v)
-        for name, v in zip(_table_names(treatment), (starts, samples))
+        for name, v in zip(_table_names(treatment), (starts, sample_table(starts, treatment.samples)))
     ]
 
 
 def _table_names(treatment: Treatment) -> tuple[str, str]:
-    key = "_".join(map(str, (*treatment.segments, "by", treatment.chunk)))
-    return f"chunk_starts_{key}", f"sample_tokens_{key}_{treatment.samples}"
+    """Sites whose chunks are alike share their tables: the name says all there is to a table."""
+    runs = "_".join(f"{len(list(group))}x{length}" for length, group in groupby(treatment.chunks))
+    if len(runs) > 40:
+        runs = hashlib.sha1(runs.encode()).hexdigest()[:12]
+    return f"chunk_starts_{runs}", f"sample_tokens_{runs}_{treatment.samples}"
 
 
 def _caches(number: int, treatment: Treatment) -> list[StateTensor]:
-    site, chunks = treatment.site, len(chunk_table(treatment.segments, treatment.chunk)) - 1
+    site, chunks = treatment.site, len(treatment.chunks)
     value = site.node.meta["val"]
 
     def tensor(name: str, scope: str, shape: tuple[int, ...], dtype=value.dtype, stride=None) -> StateTensor:

@@ -12,6 +12,7 @@ from torch.fx import Node
 from .linears import Mlp, bias_of, is_cast_input, is_input, is_map, parts_of, read_mlp
 from .naming import module_path
 from .nodes import dtype, shape, under_autocast
+from .pointwise import source
 from .reasons import Reason
 from .sites import Declined, MlpSite, Projection
 from .token_streams import find_token_streams
@@ -20,14 +21,14 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def find_mlps(gm: fx.GraphModule, *, min_tokens: int) -> tuple[list[MlpSite], list[Declined]]:
-    """The MLP sites of a canonical graph behind split_linears, and the candidates that are none, in graph order.
+    """The MLP sites of a graph that split_linears has seen, and the candidates that are none, in graph order.
 
-        down(act(up(x)))         GELU, SiLU, ReLU^2, ...: any region that kernels/expression.py can say
-        down(act(gate(x)) * up(x))                        gated, from two linears
+    down(act(up(x)))            GELU, SiLU, ReLU^2, ...: any region that kernels/expression.py can say
+    down(act(gate(x)) * up(x))  gated
 
-    A candidate is a linear whose input comes from linears through pointwise ops alone, at least one of which is
-    more than affine. Where those linears read different values it is no MLP: declined on conditioning, else not
-    mentioned. Of two candidates that share a linear (three in a row), the first is taken.
+    A candidate is a linear whose input comes from linears through pointwise ops alone, not all of them
+    affine. Where those linears read different values it is no MLP; that is mentioned on conditioning, and where
+    an adapter is the cause. Of two candidates that share a linear (three in a row), the first is taken.
     """
     streams = find_token_streams(gm)
     inside_autocast = under_autocast(gm.graph)
@@ -39,7 +40,7 @@ def find_mlps(gm: fx.GraphModule, *, min_tokens: int) -> tuple[list[MlpSite], li
         if rows is None:
             refusal = Reason.CONDITIONING_MLP, {"input": shape(mlp.linears[0].args[0])}
         elif mlp.input is None:
-            continue
+            refusal = _refuse_adapter(mlp)
         else:
             refusal = (
                 _refuse_size(down, mlp, rows[1], min_tokens)
@@ -49,9 +50,9 @@ def find_mlps(gm: fx.GraphModule, *, min_tokens: int) -> tuple[list[MlpSite], li
         name = _name(down, mlp)
         if refusal is not None:
             declined.append(Declined("mlp", name, *refusal))
-            continue
-        sites.append(_site(down, mlp, name, *rows))
-        taken.update(dict.fromkeys((down, *mlp.linears), name))
+        elif mlp.input is not None:
+            sites.append(_site(down, mlp, name, *rows))
+            taken.update(dict.fromkeys((down, *mlp.linears), name))
     return sites, declined
 
 
@@ -65,6 +66,16 @@ def _candidates(graph: fx.Graph) -> Iterator[tuple[Node, Mlp]]:
 
 
 Refusal = tuple[Reason, dict[str, object]]
+
+
+def _refuse_adapter(mlp: Mlp) -> Refusal | None:
+    """W x + B (A x): linears that differ in their inputs, since A is narrow and reads what W reads."""
+    inputs = [source(linear.args[0]) for linear in mlp.linears]
+    narrow = [n for n in inputs if is_map(n) and 2 * shape(n)[-1] < shape(mlp.region.hidden[0])[-1]]
+    own = {n for n in inputs if n not in narrow}
+    if len(own) == 1 and own.issuperset(source(n.args[0]) for n in narrow):
+        return Reason.UNFUSED_ADAPTER, {"rank": max(shape(n)[-1] for n in narrow)}
+    return None
 
 
 def _refuse_size(down: Node, mlp: Mlp, tokens: int, min_tokens: int) -> Refusal | None:
@@ -102,15 +113,17 @@ def _refuse_region(down: Node, mlp: Mlp, taken: dict[Node, str]) -> Refusal | No
         return Reason.DROPOUT, {}
     if region.unsupported:
         return Reason.UNSUPPORTED_ACTIVATION, {"ops": list(region.unsupported)}
+    parts, between = parts_of(down)
     fused = [piece.linear for piece in mlp.pieces if not piece.is_whole]
-    if len(parts_of(down)[0]) > 1:
+    if len(parts) > 1:
         fused.append(down)
     if fused:  # split_linears left it whole
         return Reason.SHARED_HIDDEN, {"fused_linear": module_path(fused[0]) or fused[0].name}
-    inside = {*region.inside, *region.hidden}
-    outside = next((user for node in inside for user in node.users if user not in inside and user is not down), None)
-    if outside is not None:
-        return Reason.SHARED_HIDDEN, {"read_by": module_path(outside) or outside.name}
+    inside = {*region.inside, *region.hidden, *between}
+    outside = {user for node in inside for user in node.users} - inside - {down}
+    if outside:
+        reader = min(outside, key=lambda n: n.name)
+        return Reason.SHARED_HIDDEN, {"read_by": module_path(reader) or reader.name}
     other = next((taken[linear] for linear in (*mlp.linears, down) if linear in taken), None)
     return (Reason.SHARED_HIDDEN, {"read_by": other}) if other is not None else None
 
@@ -132,7 +145,7 @@ def _site(down: Node, mlp: Mlp, name: str, batch: int, tokens: int) -> MlpSite:
 
 
 def _name(down: Node, mlp: Mlp) -> str:
-    """The path of the module that holds its linears, where that is the parent of the last one; else the last one's."""
+    """The module that holds all its linears, where that is the last one's parent; else the last one."""
     last = module_path(down).split(".")
     common = os.path.commonprefix([last, *(module_path(linear).split(".") for linear in mlp.linears)])
     return ".".join(common if len(common) >= len(last) - 1 else last) or down.name

@@ -13,10 +13,13 @@ from torch.fx import Node
 from .attention_masks import emit_aligned
 from .attention_scores import Mask
 from .canonical import clean
-from .nodes import aten, dtype, emit, emit_reshape, is_static, known_value, shape, substitute, under_autocast
+from .nodes import aten, dtype, emit, emit_reshape, is_static, is_tensor, known_value, shape, substitute, under_autocast
 from .origin_rules import Origins
 from .origins import constant_run, is_constant
 from .sdpa import SDPA, Sdpa, emit_sdpa, read_sdpa
+
+
+_CONJUNCTIONS = (aten.mul.Tensor, aten.logical_and.default, aten.bitwise_and.Tensor, aten.__and__.Tensor)
 
 
 def narrow_attention(gm: fx.GraphModule) -> fx.GraphModule:
@@ -26,6 +29,7 @@ def narrow_attention(gm: fx.GraphModule) -> fx.GraphModule:
     keys and values repeated for groups of query heads  ->  every r-th head, enable_gqa=True
     a mask that is all True, or zero  ->  no mask
     a mask that does not change along heads or queries  ->  size one there ([batch or 1, 1, 1, keys] for a key mask)
+    a mask "this key counts and this query counts"  ->  the key mask; the other queries' output is 0, as before
 
     Repetition and constancy are proven from the graph (see origins), however they are spelled.
     """
@@ -43,8 +47,12 @@ def narrow_attention(gm: fx.GraphModule) -> fx.GraphModule:
             if narrow is None:
                 continue
             narrow = _without_repeated_heads(gm.graph, narrow, origins)
+            narrow, attending = _without_idle_queries(gm.graph, narrow, origins)
             narrow = _with_smallest_mask(gm.graph, narrow, origins)
-            out = emit_reshape(gm.graph, emit_sdpa(gm.graph, narrow, like=node), shape(node))
+            out = emit_sdpa(gm.graph, narrow, like=node)
+            if attending is not None:
+                out = emit(gm.graph, aten.where.ScalarOther, attending, out, 0.0, like=node)
+            out = emit_reshape(gm.graph, out, shape(node))
         substitute(node, out)
     return clean(gm)
 
@@ -79,6 +87,20 @@ def _without_repeated_heads(graph: fx.Graph, attention: Sdpa, origins: Origins) 
         emit(graph, aten.slice.Tensor, n, 1, 0, sys.maxsize, repeats, like=n) for n in (attention.key, attention.value)
     )
     return replace(attention, key=key, value=value, enable_gqa=True)
+
+
+def _without_idle_queries(graph: fx.Graph, attention: Sdpa, origins: Origins) -> tuple[Sdpa, Node | None]:
+    """Splits a product of a mask over keys and one over queries; the latter as [batch or 1, heads or 1, queries, 1]."""
+    mask = attention.mask
+    if mask is None or mask.target not in _CONJUNCTIONS or attention.is_causal:
+        return attention, None
+    parts = [n for n in mask.args if is_tensor(n) and dtype(n) == torch.bool and len(shape(n)) == 4]
+    if len(parts) != 2:
+        return attention, None
+    for keys, queries in (parts, parts[::-1]):
+        if is_constant(origins.of(keys)[2]) and is_constant(origins.of(queries)[3]) and shape(queries)[2] > 1:
+            return replace(attention, mask=keys), emit(graph, aten.slice.Tensor, queries, 3, 0, 1, like=queries)
+    return attention, None
 
 
 def _with_smallest_mask(graph: fx.Graph, attention: Sdpa, origins: Origins) -> Sdpa:

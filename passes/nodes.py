@@ -57,6 +57,7 @@ _VALUED_FILLS = (
     aten.fill.Tensor,
     aten.scalar_tensor.default,
 )
+_LIKE = (aten.ones_like.default, aten.zeros_like.default, aten.full_like.default, aten.empty_like.default)
 
 
 def shape(node: Node) -> tuple[int, ...]:
@@ -69,6 +70,11 @@ def dtype(node: Node) -> torch.dtype:
 
 def is_tensor(value: object) -> bool:
     return isinstance(value, Node) and isinstance(value.meta.get("val"), torch.Tensor)
+
+
+def readers(node: Node) -> list[Node]:
+    """The users that read values; ones_like and its kind read a shape only."""
+    return [user for user in node.users if user.target not in _LIKE]
 
 
 def is_static(node: Node) -> bool:

@@ -262,7 +262,9 @@ def _index(node: Node, known: dict[Node, Labels]) -> Labels | None:
     return tuple(labels)
 
 
-def _pad(node: Node, known: dict[Node, Labels]) -> Labels:
+def _pad(node: Node, known: dict[Node, Labels]) -> Labels | None:
+    if len(node.args) > 2 and isinstance(node.args[2], str) and node.args[2] != "constant":
+        return None
     labels, pads = list(known[node.args[0]]), node.args[1]
     for i in range(len(pads) // 2):
         before, after = pads[2 * i : 2 * i + 2]
@@ -281,9 +283,14 @@ def _with_roots(node: Node, labels: list[Label]) -> list[Label]:
 
 
 def _select(node: Node, known: dict[Node, Labels]) -> Labels:
-    labels = list(known[node.args[0]])
-    del labels[node.args[1]]
-    return tuple(labels)
+    source, dim, index = node.args
+    return _selected(known[source], dim, index % shape(source)[dim])
+
+
+def _selected(labels: Labels, dim: int, index: int) -> Labels:
+    rest = list(labels)
+    gone = rest.pop(dim)
+    return tuple(origins.pinned(rest, [cut(gone, index, 1)]))
 
 
 def _slice_scatter(node: Node, known: dict[Node, Labels]) -> Labels:
@@ -317,12 +324,11 @@ def _getitem(node: Node, known: dict[Node, Labels]) -> Labels | None:
         return None
     value = source.args[0]
     dim = (*source.args, 0)[1] if packet is aten.unbind else (*source.args, 0)[2]
-    labels = list(known[value])
     if packet is aten.unbind:
-        del labels[dim]
-    else:
-        start = sum(v.shape[dim] for v in source.meta["val"][:index])
-        labels[dim] = cut(labels[dim], start, shape(node)[dim])
+        return _selected(known[value], dim, index)
+    labels = list(known[value])
+    start = sum(v.shape[dim] for v in source.meta["val"][:index])
+    labels[dim] = cut(labels[dim], start, shape(node)[dim])
     return tuple(labels)
 
 
@@ -356,7 +362,7 @@ def _linear(node: Node, known: dict[Node, Labels]) -> Labels:
 def _contraction(node: Node, known: dict[Node, Labels]) -> Labels | None:
     """A product over features is a learned map; an outer product (angles = position x frequency) is none."""
     product = read_contraction(node)
-    if product is None or product.bias is not None:
+    if product is None:
         return None
     sides = [(product.lhs, product.lhs_dims), (product.rhs, product.rhs_dims)]
     learned = any(
@@ -368,6 +374,8 @@ def _contraction(node: Node, known: dict[Node, Labels]) -> Labels | None:
         parts = [lb for lb in parts if origins.size_of(lb) == shape(node)[d]]
         label = union(parts) if parts else constant(shape(node)[d])
         labels.append(projected(label) if learned else label)
+    if product.bias is not None:
+        labels = [union(pair) for pair in zip(labels, _broadcast(node, [product.bias], known))]
     return tuple(labels)
 
 
@@ -442,7 +450,7 @@ _RULES: dict[object, Callable[[Node, dict[Node, Labels]], Labels | None]] = {
         _roll: (aten.roll,),
         _index_select: (aten.index_select,),
         _index: (aten.index,),
-        _pad: (aten.constant_pad_nd,),
+        _pad: (aten.constant_pad_nd, aten.pad),
         _select: (aten.select,),
         _slice_scatter: (aten.slice_scatter,),
         _select_scatter: (aten.select_scatter,),

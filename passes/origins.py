@@ -185,6 +185,30 @@ def union(labels: Sequence[Label]) -> Label:
     return concatenate(segments)
 
 
+def pinned(labels: Sequence[Label], left: Iterable[Label]) -> list[Label]:
+    """The labels of what remains where an axis is gone, but for one position of it: `left`, of size one each.
+
+    Tokens of frame 0 and of frame 1 are not the same tokens. Channels pin nothing: queries and keys may be packed.
+    """
+    pins = tuple(label for label in left if _is_sequence(label))
+    if not pins:
+        return list(labels)
+    return [
+        root("at", (label, pins), size_of(label), any(e.projected for segment in label for e in segment.entries))
+        if _is_sequence(label)
+        else label
+        for label in labels
+    ]
+
+
+def _is_sequence(label: Label) -> bool:
+    """Positions with identity, and not channels that only met a weight's."""
+    entries = [entry for segment in label for entry in segment.entries]
+    known = [entry for entry in entries if has_identity(entry)]
+    channels = any(axis.kind == "feature" for entry in entries for axis in entry.track)
+    return any(entry.projected for entry in known) or bool(known and not channels)
+
+
 def _ends(label: Label) -> list[int]:
     ends, position = [], 0
     for segment in label:
@@ -201,14 +225,15 @@ def too_large(label: Label) -> bool:
 
 
 def regroup(labels: Sequence[Label], sizes: Sequence[int], new_sizes: Sequence[int]) -> list[Label]:
-    """The labels after a view from `sizes` to `new_sizes`."""
+    """The labels after a view from `sizes` to `new_sizes`. Axes of size one pin the others and are gone."""
+    left = [label for label, size in zip(labels, sizes) if size == 1]
     result: list[Label] = []
     for old, new in _groups(sizes, new_sizes):
         kept = [labels[i] for i in old if sizes[i] != 1]
         split = [new_sizes[i] for i in new if new_sizes[i] != 1]
         parts = iter(_regroup_one(kept, split))
         result += [constant(1) if new_sizes[i] == 1 else next(parts) for i in new]
-    return result
+    return pinned(result, left)
 
 
 def _groups(sizes: Sequence[int], new_sizes: Sequence[int]) -> list[tuple[list[int], list[int]]]:

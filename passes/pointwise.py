@@ -3,8 +3,8 @@
     linear ──► split ─► silu ─► mul ─► dropout ─► linear       is read as  mul(silu(h0), h1)
                      └─────────►                               with hidden = (getitem_0, getitem_1)
 
-A region's values are numbers of float32 inside: casts between float types, copies and dropout that is off vanish.
-So do views that keep the last dimension: both shapes list the same rows in the same order.
+Inside, values are float32: casts to types no narrower than the result's, copies, and dropout that is off
+vanish. So do views, which list the same elements in the same order; operands of one op have one shape.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class Region:
     text: an expression over h0, h1, ...; empty when `unsupported` is not.
     hidden: the nodes that h0, h1, ... stand for, in the order in which the expression reads them.
     inside: every node between, the region's last one included; none of the hidden ones.
-    unsupported: names of pointwise ops that the expression has no word for; "dropout" for dropout that is on.
+    unsupported: pointwise ops that the expression has no word for, by name; "dropout" for dropout that is on.
     """
 
     text: str
@@ -51,8 +51,8 @@ class _NoWord(Exception):
 
 
 def read_region(node: Node, is_hidden: Callable[[Node], bool]) -> Region | None:
-    """The region that ends at `node` and begins at values for which `is_hidden`; None if anything else flows in."""
-    reader = _Reader(is_hidden)
+    """The region from values that `is_hidden` accepts to `node`; None if a tensor flows in besides."""
+    reader = _Reader(is_hidden, dtype(node))
     try:
         text = reader.read(node)
     except _NotPointwise:
@@ -72,8 +72,8 @@ def source(node: Node) -> Node:
 
 
 class _Reader:
-    def __init__(self, is_hidden: Callable[[Node], bool]) -> None:
-        self.is_hidden = is_hidden
+    def __init__(self, is_hidden: Callable[[Node], bool], result: torch.dtype) -> None:
+        self.is_hidden, self.result = is_hidden, result
         self.hidden: list[Node] = []
         self.texts: dict[Node, str] = {}
         self.unsupported: list[str] = []
@@ -95,7 +95,10 @@ class _Reader:
         if node.target is aten.dropout.default and not is_identity(node):
             self.unsupported.append("dropout")
             return self.read(node.args[0])
-        if is_identity(node) or is_cast(node) or _keeps_rows(node):
+        if is_cast(node) and dtype(node) != self.result and dtype(node).itemsize <= self.result.itemsize:
+            self.unsupported.append(f"cast to {dtype(node)}")  # it rounds more than the result does
+            return self.read(node.args[0])
+        if is_identity(node) or is_cast(node) or node.target in _VIEWS:
             return self.read(node.args[0])
         if not isinstance(node.target, torch._ops.OpOverload):
             raise _NotPointwise
@@ -142,14 +145,16 @@ def _is_weight(node: Node) -> bool:
 
 
 class _Arguments:
-    """The arguments of one call by their name in the op's schema: as text `a.self`, as they are `a["alpha"]`."""
+    """The arguments of a call by their names in the schema: as text `a.self`, as they are `a["alpha"]`."""
 
     def __init__(self, reader: _Reader, node: Node) -> None:
         self._reader, self._size = reader, shape(node)
         self._values = {}
         for i, argument in enumerate(node.target._schema.arguments):
-            default = argument.default_value if argument.has_default_value() else None
-            self._values[argument.name] = node.args[i] if i < len(node.args) else node.kwargs.get(argument.name, default)
+            value = argument.default_value if argument.has_default_value() else None
+            if i < len(node.args):
+                value = node.args[i]
+            self._values[argument.name] = node.kwargs.get(argument.name, value)
 
     def __getitem__(self, name: str):
         return self._values.get(name)
@@ -164,14 +169,6 @@ class _Arguments:
 
     def operand(self, value: object) -> str:
         return self._reader.operand(value, self._size)
-
-
-def _keeps_rows(node: Node) -> bool:
-    """A view that changes leading dimensions alone. Views list elements in one order, so rows stay rows."""
-    if node.target not in _VIEWS:
-        return False
-    before, after = shape(node.args[0]), shape(node)
-    return len(before) > 0 and len(after) > 0 and before[-1] == after[-1]
 
 
 _VIEWS = {
@@ -240,6 +237,10 @@ def _integer_power(x: str, n: int) -> str:
     return f"mul({text}, {x})" if n % 2 else text
 
 
+def _leaky(x: str, slope: float) -> str:
+    return f"add(relu({x}), {_scaled(f'minimum({x}, 0.0)', slope)})"
+
+
 def _elu(x: str, alpha: float, scale: float = 1.0, input_scale: float = 1.0) -> str:
     below = f"sub(exp({_scaled(f'minimum({x}, 0.0)', input_scale)}), 1.0)"
     return _scaled(f"add(relu({x}), {_scaled(below, alpha)})", scale)
@@ -253,8 +254,8 @@ def _softplus(a: _Arguments) -> str:
 _HARD_SIGMOID = "mul({:.17g}, minimum(maximum(add({}, 3.0), 0.0), 6.0))"
 
 _RULES: dict[torch._ops.OpOverloadPacket, Rule] = {
-    **{getattr(aten, name): _unary(name) for name in ("abs", "erf", "exp", "log", "neg", "relu", "sigmoid", "silu")},
-    **{getattr(aten, name): _unary(name) for name in ("sqrt", "square", "tanh")},
+    **{getattr(aten, name): _unary(name) for name in ("abs", "neg", "exp", "log", "sqrt", "square")},
+    **{getattr(aten, name): _unary(name) for name in ("erf", "relu", "sigmoid", "silu", "tanh")},
     aten.absolute: _unary("abs"),
     aten.negative: _unary("neg"),
     aten.special_expit: _unary("sigmoid"),
@@ -283,7 +284,7 @@ _RULES: dict[torch._ops.OpOverloadPacket, Rule] = {
     aten.softplus: _softplus,
     aten.log_sigmoid: lambda a: f"neg(softplus(neg({a.self})))",
     aten.mish: lambda a: f"mul({a.self}, tanh(softplus({a.self})))",
-    aten.leaky_relu: lambda a: f"add(relu({a.self}), {_scaled(f'minimum({a.self}, 0.0)', a['negative_slope'])})",
+    aten.leaky_relu: lambda a: _leaky(a.self, a["negative_slope"]),
     aten.elu: lambda a: _elu(a.self, a["alpha"], a["scale"], a["input_scale"]),
     aten.celu: lambda a: _elu(a.self, a["alpha"], 1.0, 1 / a["alpha"]),
     aten.selu: lambda a: _elu(a.self, 1.6732632423543772, 1.0507009873554805),

@@ -22,7 +22,9 @@ class Reason(enum.Enum):
     MIXED_DTYPE = "operand dtypes differ (autocast or quantised weights)"
     DROPOUT = "dropout is active: the model is in training mode"
     SHARED_HIDDEN = "the hidden activation is used outside the MLP too"
+    UNFUSED_ADAPTER = "a low-rank adapter (LoRA) runs beside the weights: fuse it into them"
     WEIGHT_NOT_INPUT = "the weight is computed inside the graph (quantised or merged at run time)"
+    ATTENTION_FORM = "softmax attention with another use of its weights, or a mask that no attention op takes"
     NOT_SOFTMAX_ATTENTION = "linear or otherwise unnormalised attention"
     DISABLED_BY_OPTION = "switched off by an option"
     # A whole graph.

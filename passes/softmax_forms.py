@@ -89,7 +89,9 @@ def _without_maximum(source: Node, dim: int) -> Node:
 
 def _kept_dim(node: Node, targets: tuple, source: object) -> int | None:
     """The dimension along which `node`, one of `targets`, reduces `source`, keeping it at size one."""
-    if not isinstance(node, Node) or node.target not in targets or node.args[0] is not source or node.kwargs:
+    if not isinstance(node, Node) or node.target not in targets or node.kwargs:
+        return None
+    if not _same(node.args[0], source):
         return None
     dims = node.args[1] if len(node.args) > 1 else None
     dims = [dims] if isinstance(dims, int) else dims
@@ -97,3 +99,10 @@ def _kept_dim(node: Node, targets: tuple, source: object) -> int | None:
     if not dims or len(dims) != 1 or not keepdim:
         return None
     return dims[0] % len(shape(source))
+
+
+def _same(a: object, b: object) -> bool:
+    """One node, or the same call twice."""
+    if a is b or not (is_tensor(a) and is_tensor(b)) or a.op != "call_function":
+        return a is b
+    return (a.target, a.args, a.kwargs) == (b.target, b.args, b.kwargs)

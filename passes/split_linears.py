@@ -19,22 +19,26 @@ aten = torch.ops.aten
 def split_linears(gm: fx.GraphModule) -> fx.GraphModule:
     """In place; equal up to the order of a sum.
 
-        linear(cat(a, act(linear(x))), W, b)   ->  linear(a, W[:, :k], b) + linear(act(linear(x)), W[:, k:])
-        up, gate = split(linear(x, W, b))      ->  linear(x, W[:f], b[:f]), linear(x, W[f:], b[f:])
+    linear(cat(a, act(linear(x))), W, b)  ->  linear(a, W[:, :k], b) + linear(act(linear(x)), W[:, k:])
+    up, gate = split(linear(x, W, b))     ->  linear(x, W[:f], b[:f]), linear(x, W[f:], b[f:])
 
-    Only where a token MLP with a supported activation comes of it. Columns that no such MLP reads stay together in
-    one linear (a fused QKV), and the linear is left whole where something reads across its pieces.
+    Only where a token MLP with a known activation comes of it. Columns that no such MLP reads stay together
+    in one linear (a fused QKV), and a linear is left whole where something reads across its pieces.
     """
-    inside_autocast = under_autocast(gm.graph)
     streams = find_token_streams(gm)
-    fusions = []
-    for down in gm.graph.nodes:
-        if is_map(down) and down not in inside_autocast and _is_plain(down):
-            fusions += [f for f in _read_fusions(down) if streams.rows(f.mlp.input) is not None]
+    autocast = under_autocast(gm.graph)
+    plain = {node for node in gm.graph.nodes if is_map(node) and node not in autocast and _is_plain(node)}
+    fusions = [
+        fusion
+        for down in gm.graph.nodes
+        if down in plain
+        for fusion in _read_fusions(down)
+        if plain.issuperset(fusion.mlp.linears) and streams.rows(fusion.mlp.input) is not None
+    ]
 
     needed: dict[Node, set[Node]] = {}
     for fusion in fusions:
-        for piece, hidden in zip(fusion.mlp.pieces, fusion.mlp.region.hidden):
+        for piece, hidden in zip(fusion.mlp.pieces, fusion.mlp.region.hidden, strict=True):
             if not piece.is_whole:
                 needed.setdefault(piece.linear, set()).add(hidden)
     cuts = {linear: _plan_cut(linear, pieces) for linear, pieces in needed.items()}
@@ -55,7 +59,7 @@ def split_linears(gm: fx.GraphModule) -> fx.GraphModule:
 
 @dataclass(frozen=True)
 class _Fusion:
-    """An MLP that a fused linear hides: `part` is its place in the cat that `down` reads, None without a cat."""
+    """An MLP hidden by fusion: `part` is its place in the cat that `down` reads, None without a cat."""
 
     down: Node
     part: int | None
@@ -74,8 +78,7 @@ def _read_fusions(down: Node) -> list[_Fusion]:
             continue
         between = {*mlp.region.inside, *mlp.region.hidden, *chain}
         if all(user in between or user is down for node in between for user in node.users):
-            if all(map(_is_plain, mlp.linears)):
-                found.append(_Fusion(down, None if len(parts) == 1 else i, mlp))
+            found.append(_Fusion(down, None if len(parts) == 1 else i, mlp))
     return found
 
 
@@ -126,8 +129,7 @@ def _plan_cut(linear: Node, needed: set[Node]) -> list[_Columns] | None:
 
 
 def _values(fused: Node, needed: set[Node], above: set[Node]) -> list[Node] | None:
-    """The pieces that together serve every reader of `fused`, cut no finer than is needed; None where one reads
-    `fused` itself."""
+    """Pieces that serve every reader of `fused`, cut no finer than needed; None if one reads all of it."""
     if fused not in above:
         return [fused]
     found = []
@@ -149,17 +151,16 @@ def _pieces_below(node: Node) -> list[Node | None]:
 def _cut_columns(linear: Node, cut: list[_Columns]) -> None:
     graph, (x, weight, *_), bias = linear.graph, linear.args, bias_of(linear)
     for columns in cut:
-        window = (0, columns.start, columns.stop)
+        first, last = columns.start, columns.stop
         with graph.inserting_before(linear):
-            operands = [emit(graph, aten.slice.Tensor, n, *window, like=linear) for n in (weight, bias) if n is not None]
+            whole = [weight] if bias is None else [weight, bias]
+            operands = [emit(graph, aten.slice.Tensor, n, 0, first, last, like=linear) for n in whole]
             part = emit(graph, aten.linear.default, x, *operands, like=linear)
         for value, start, stop in columns.values:
             new = part
-            if (start, stop) != (columns.start, columns.stop):
+            if (start, stop) != (first, last):
                 with graph.inserting_before(value):
-                    new = emit(
-                        graph, aten.slice.Tensor, part, -1, start - columns.start, stop - columns.start, like=value
-                    )
+                    new = emit(graph, aten.slice.Tensor, part, -1, start - first, stop - first, like=value)
             value.replace_all_uses_with(new)
 
 

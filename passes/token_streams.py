@@ -1,8 +1,9 @@
-"""Which values of a graph carry tokens, and which are conditioning: timesteps, pooled text, guidance, positions.
+"""Which values of a graph carry tokens; the rest is conditioning: timesteps, pooled text, positions.
 
-Decided by dataflow from what a graph receives. An input with an axis of tokens begins a stream, and whatever is
-computed from a stream carries it on, except through sin and cos: those embed timesteps and positions. A learned
-table as large as a stream begins one too, for what looks alike is better examined than passed over.
+Decided by dataflow from what a graph receives. An input with an axis of tokens begins a stream, and whatever
+is computed from a stream carries it on, except through sin and cos: those embed timesteps and positions. A
+learned table with such an axis begins one too; it is no conditioning, and nothing here tells it from an
+input.
 """
 
 from __future__ import annotations
@@ -53,7 +54,7 @@ _EMBEDS_OR_FILLS = {
 
 @dataclass(frozen=True)
 class TokenStreams:
-    """carriers: the values that depend on tokens. sequences: (batch, length) of what the attentions work on."""
+    """carriers: the values that depend on tokens. sequences: (batch, length) that attention works on."""
 
     carriers: frozenset[Node]
     sequences: frozenset[tuple[int, int]]
@@ -61,8 +62,9 @@ class TokenStreams:
     def rows(self, node: Node) -> tuple[int, int] | None:
         """(batch, tokens) of a value [..., C], with batch * tokens rows in that order; None for conditioning.
 
-        [B, N, C] has N tokens. [M, C], [M, 1, C] and [B, X, Y, C] have as many as the last leading dimensions that
-        multiply to the length of an attention's sequence, or of a segment of one, or to batch times such a length.
+        [B, N, C] has N tokens. [M, C], [M, 1, C] and [B, X, Y, C] have as many as the last leading
+        dimensions that multiply to the length of an attention's sequence, or of a segment of one, or to
+        batch times such a length.
         """
         if node not in self.carriers:
             return None
@@ -82,7 +84,7 @@ class TokenStreams:
 
 
 def find_token_streams(gm: fx.GraphModule) -> TokenStreams:
-    """Reads lengths off the scaled_dot_product_attention nodes, then follows the streams through the graph."""
+    """Reads lengths off the scaled_dot_product_attention nodes, then follows the streams."""
     sequences = _sequences(gm.graph)
     carriers: set[Node] = set()
     for node in gm.graph.nodes:
@@ -113,7 +115,8 @@ def _has_tokens(size: tuple[int, ...], sequences: set[tuple[int, int]]) -> bool:
         return len(size) >= 3
     if len(size) >= 3 and math.prod(size[1:-1]) > 1:
         return True
-    return len(size) >= 2 and any(size[0] in (length, batch * length) and size[0] > 1 for batch, length in sequences)
+    rows = {length * n for batch, length in sequences for n in (1, batch)}
+    return len(size) >= 2 and size[0] > 1 and size[0] in rows
 
 
 def _is_known(size: tuple[int, ...]) -> bool:
@@ -135,6 +138,6 @@ def _sequences(graph: fx.Graph) -> set[tuple[int, int]]:
             dim = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", 0)
             size = shape(node)
             if dim not in (-1, len(size) - 1) and _is_known(size):
-                for batch in lengths.get(size[dim], ()):
-                    found |= {(batch, shape(part)[dim]) for part in node.args[0] if len(shape(part)) == len(size)}
+                parts = {shape(part)[dim] for part in node.args[0] if len(shape(part)) == len(size)}
+                found |= {(batch, part) for batch in lengths.get(size[dim], ()) for part in parts}
     return found

@@ -69,7 +69,7 @@ def test_the_work_that_runs_falls_as_explain_predicts():
         if tensor.dtype == torch.int32 and tensor.dim() > 2:
             tensor.zero_()  # columns and counts
     graph = programs.graph(Program.DELTA)
-    arguments = [n.meta["val"] for n in programs._canonical.graph.nodes if n.op == "placeholder"]
+    arguments = [n.meta["val"] for n in programs.plan.canonical.graph.nodes if n.op == "placeholder"]
     with torch.no_grad(), FlopCounterMode(display=False) as delta:
         graph(*(torch.zeros(a.shape, dtype=a.dtype) for a in arguments), *lifted)
     report = chipmunk_compile.explain(model, *inputs, options=options)

@@ -427,7 +427,7 @@ def chroma(batch: int = 2, height: int = 6, width: int = 10, text: int = 7, laye
     )
     randn = _Random()
     mask = torch.ones(batch, text + height * width, dtype=torch.bool)
-    mask[-1, text - 2 : text] = False
+    mask[-1, text - 2 : text + 3] = False
     return model, dict(
         hidden_states=randn(batch, height * width, 16),
         encoder_hidden_states=randn(batch, text, 24),
@@ -633,11 +633,13 @@ def allegro(batch: int = 1, frames: int = 3, height: int = 4, width: int = 6, te
     positions = [torch.arange(n) for n in (frames, height, width)]
     grids = torch.stack([g.reshape(-1) for g in torch.meshgrid(*positions, indexing="ij")]).reshape(3, 1, tokens)
     tables = tuple((randn(n, 8), randn(n, 8)) for n in (frames, height, width))
+    mask = torch.ones(batch, frames, 2 * height, 2 * width)
+    mask[-1, ..., -2:] = 0
     return model, dict(
         hidden_states=randn(batch, 4, frames, 2 * height, 2 * width),
         encoder_hidden_states=randn(batch, text, 20),
         timestep=_timestep(batch),
-        attention_mask=torch.ones(batch, frames, 2 * height, 2 * width),
+        attention_mask=mask,
         encoder_attention_mask=torch.ones(batch, text),
         image_rotary_emb=(tables, grids),
     )

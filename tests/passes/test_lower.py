@@ -13,15 +13,12 @@ from tests.toy_dit import Loop, toy
 aten, chipmunk = torch.ops.aten, torch.ops.chipmunk
 
 
-def prepare(kept=(17, 51), segments=None, **kwargs):
+def prepare(kept=(17, 51), chunks=(32, 32, 4), **kwargs):
     (gm,) = capture(toy(**kwargs), *next(iter(Loop(batch=2))))
     for rewrite in PASSES:
         gm = rewrite(gm)
     sites = find_attention(gm, min_tokens=8)[0] + find_mlps(gm, min_tokens=8)[0]
-    treatments = [
-        Treatment(site, kept[site.kind == "mlp"], 32, 4, segments or (68,)) for site in sites
-    ]
-    return gm, treatments
+    return gm, [Treatment(site, kept[site.kind == "mlp"], 4, chunks) for site in sites]
 
 
 def count(gm, *targets):
@@ -79,10 +76,10 @@ def test_state_bytes_are_those_that_are_allocated():
         assert made.untyped_storage().nbytes() == tensor.bytes
 
 
-@pytest.mark.parametrize("segments", [(68,), (5, 63), (5, 31, 32)])
-def test_refresh_then_delta_on_the_same_inputs_is_the_dense_output(segments):
+@pytest.mark.parametrize("chunks", [(32, 32, 4), (5, 32, 31), (5, 20, 21, 1, 21), (68,)])
+def test_refresh_then_delta_on_the_same_inputs_is_the_dense_output(chunks):
     """Run eagerly, without Inductor: a program alone can be called by a test."""
-    gm, treatments = prepare(segments=segments)
+    gm, treatments = prepare(chunks=chunks)
     inputs = [torch.randn(n.meta["val"].shape) / 3 for n in gm.graph.nodes if n.op == "placeholder"]
     state = [tensor.empty() for tensor in lift_state(treatments)]
     for tensor in state:

@@ -1,0 +1,245 @@
+"""What the passes found in one captured graph, and the plan for running it: how sparse, in which token order."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import accumulate
+from math import prod
+from typing import Any
+
+import torch
+from torch import fx
+
+from . import telemetry
+from .config import Config, OptionError
+from .passes import PASSES
+from .passes.attention_sites import find_attention
+from .passes.canonical import canonicalise
+from .passes.lower import Treatment
+from .passes.mlp_sites import find_mlps
+from .passes.permute_tokens import (
+    PermutationPlan,
+    index_inputs,
+    permute_tokens,
+    plan_permutation,
+    run_order,
+    site_chunks,
+)
+from .passes.reasons import Reason
+from .passes.sites import AttentionSite, Declined, MlpSite
+from .passes.timestep import find_timesteps
+from .passes.token_axis import TokenAxes, analyse_tokens
+from .passes.token_order import Grid, chunk_lengths, grids_from_ids
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What the inputs of a graph are, by position."""
+
+    parameters: tuple[int, ...]  # name the owner
+    user: tuple[int, ...]  # tensors that the caller passed, timestep left out: identity names the stream
+    timesteps: tuple[int, ...] = ()  # one or more candidates; those that never move do no harm
+    latents: frozenset[int] = frozenset()  # positions among `user` that have an output's shape
+
+
+@dataclass(frozen=True)
+class Analysis:
+    """What the passes found in one captured graph. `reason`: why the whole graph stays dense, where it does."""
+
+    inputs: Inputs
+    canonical: fx.GraphModule | None = None  # tokens permuted, where they are
+    sites: tuple[AttentionSite | MlpSite, ...] = ()
+    declined: tuple[Declined, ...] = ()
+    permutation: PermutationPlan | Declined | None = None
+    axes: TokenAxes | None = field(default=None, repr=False)
+    reason: Reason | None = None
+    detail: str = ""
+
+    @property
+    def reads_grid(self) -> bool:
+        """Whether the token order depends on what an input holds."""
+        runs = self.permutation.runs if isinstance(self.permutation, PermutationPlan) else ()
+        return any(run.ids is not None and not run.grids for run in runs)
+
+    def grids(self, args: Sequence[Any]) -> tuple[tuple[Grid, ...] | None, ...]:
+        """The grids of each permuted run, for the inputs `args`; None where they do not say. May wait for the device."""
+        if not isinstance(self.permutation, PermutationPlan):
+            return ()
+        placeholders = [n for n in self.canonical.graph.nodes if n.op == "placeholder"]
+        found = []
+        for run in self.permutation.runs:
+            grids = run.grids or None
+            if grids is None and run.ids is not None:
+                ids = args[placeholders.index(run.ids)]
+                if not isinstance(ids, torch._subclasses.FakeTensor):
+                    grids = grids_from_ids(ids[..., run.ids_start : run.ids_start + run.length, :])
+            found.append(grids)
+        return tuple(found)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How one graph runs, for one token order."""
+
+    canonical: fx.GraphModule
+    treatments: tuple[Treatment, ...]
+    orders: tuple[torch.Tensor, ...]  # the permuted graph's last inputs, int64
+
+
+def analyse(gm: fx.GraphModule, example_inputs: Sequence[Any], config: Config) -> Analysis:
+    """All passes up to the sites and the token order, without compiling anything.
+
+    Raises OptionError for a grid that no attention of the graph has.
+    """
+    inputs = _classify(gm, example_inputs)
+    if any(isinstance(i, torch.SymInt) or _is_symbolic(i) for i in example_inputs):
+        return Analysis(inputs, reason=Reason.DYNAMIC_SHAPES)
+    try:
+        canonical = canonicalise(gm, list(example_inputs))
+    except Exception as error:  # whatever the export cannot take, Inductor may
+        detail = f"({type(error).__name__}: {str(error).splitlines()[0][:200]})"
+        return Analysis(inputs, reason=Reason.NO_CANONICAL_FORM, detail=detail)
+    _trace("canonical", canonical)
+    if _mutates_shared_storage(canonical, example_inputs):
+        return Analysis(inputs, canonical, reason=Reason.ALIASED_MUTATION)
+    for rewrite in PASSES:
+        canonical = rewrite(canonical)
+        _trace(rewrite.__name__, canonical)
+    attention, no_attention = find_attention(canonical, min_tokens=config.min_tokens)
+    mlps, no_mlps = find_mlps(canonical, min_tokens=config.min_tokens)
+    sites, switched_off = _switch([*attention, *mlps], config)
+    declined = (*no_attention, *no_mlps, *switched_off)
+    if not sites:
+        return Analysis(inputs, canonical, declined=declined, reason=Reason.NO_SITES)
+    if not inputs.parameters:
+        return Analysis(inputs, canonical, declined=declined, reason=Reason.NO_OWNER)
+    timesteps = find_timesteps(canonical, set(inputs.user))
+    user = [i for i in inputs.user if i not in timesteps]
+    latents = frozenset(p for p, i in enumerate(user) if _has_shape_of_an_output(canonical, example_inputs[i]))
+    inputs = Inputs(inputs.parameters, tuple(user), tuple(timesteps), latents)
+    axes = analyse_tokens(canonical)
+    permutation = _permute(canonical, sites, axes, inputs, config)
+    return Analysis(inputs, canonical, tuple(sites), declined, permutation, axes)
+
+
+def make_plan(analysis: Analysis, grids: Sequence[tuple[Grid, ...] | None], config: Config) -> Plan:
+    """The plan for the token order that `grids` (of `Analysis.grids`) ask for."""
+    permutation = analysis.permutation if isinstance(analysis.permutation, PermutationPlan) else None
+    tile = config.attention.chunk if config.attention.sparsity is not None else config.mlp.chunk
+    orders, lengths, indices = [], [], []
+    if permutation is not None:
+        for run, its_grids in zip(permutation.runs, grids):
+            order, its_lengths = run_order(run, its_grids, tile)
+            orders.append(order)
+            lengths.append(its_lengths)
+        indices = index_inputs(permutation, orders)
+    treatments = []
+    for site in analysis.sites:
+        options = config.attention if site.kind == "attention" else config.mlp
+        fitted = [_fit(run_lengths, options.chunk) for run_lengths in lengths]
+        chunks = site_chunks(analysis.axes, site, options.chunk, permutation, fitted)
+        columns = site.kv_len if site.kind == "attention" else site.hidden
+        treatments.append(Treatment(site, _kept(columns, options.sparsity), options.samples, chunks))
+    return Plan(analysis.canonical, tuple(treatments), tuple(indices))
+
+
+def _permute(canonical, sites, axes: TokenAxes, inputs: Inputs, config: Config) -> PermutationPlan | Declined:
+    placeholders = [n for n in canonical.graph.nodes if n.op == "placeholder"]
+    fixed = [node for i, node in enumerate(placeholders) if i not in (*inputs.user, *inputs.timesteps)]
+    plan = plan_permutation(canonical, sites, axes=axes, grid=config.grid, fixed=fixed)
+    if isinstance(plan, Declined):
+        if plan.reason is Reason.GRID_MISMATCH:
+            tokens = ", ".join(map(str, plan.detail["tokens"]))
+            raise OptionError(
+                f"grid={config.grid} makes {prod(config.grid)} tokens; the model's attention runs over {tokens} "
+                "(image and text together): give the frames, rows and columns of the image tokens, or no grid"
+            )
+        return plan
+    permute_tokens(canonical, plan)
+    _trace("permute_tokens", canonical)
+    return plan
+
+
+def _switch(sites, config: Config) -> tuple[list[AttentionSite | MlpSite], list[Declined]]:
+    """Sites whose kind the options leave on, and the others."""
+    on, off = [], []
+    for site in sites:
+        options = config.attention if site.kind == "attention" else config.mlp
+        if options.sparsity is None:
+            off.append(Declined(site.kind, site.name, Reason.DISABLED_BY_OPTION, {"option": f"{site.kind}.sparsity"}))
+        else:
+            on.append(site)
+    return on, off
+
+
+def _kept(columns: int, sparsity: float) -> int:
+    """Columns that a delta computes: none at sparsity 1 alone."""
+    return 0 if sparsity == 1.0 else max(1, round((1.0 - sparsity) * columns))
+
+
+def _fit(lengths: Sequence[int], chunk: int) -> tuple[int, ...]:
+    """Patches as chunks of at most `chunk` tokens: larger ones cut, neighbours joined as long as they fit."""
+    fitted: list[int] = []
+    for length in (part for whole in lengths for part in chunk_lengths(whole, chunk)):
+        if fitted and fitted[-1] + length <= chunk:
+            fitted[-1] += length
+        else:
+            fitted.append(length)
+    assert not lengths or [*accumulate(fitted)][-1] == sum(lengths)
+    return tuple(fitted)
+
+
+def _classify(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Inputs:
+    """Which inputs are parameters, and which the caller passed; what a module holds besides is neither."""
+    parameters, user = [], []
+    for i, node in enumerate(n for n in gm.graph.nodes if n.op == "placeholder"):
+        value = example_inputs[i]
+        if isinstance(value, torch.nn.Parameter):
+            parameters.append(i)
+        elif isinstance(value, torch.Tensor) and not _is_held_by_module(node):
+            user.append(i)
+    return Inputs(tuple(parameters), tuple(user))
+
+
+def _is_held_by_module(node: fx.Node) -> bool:
+    if node.meta.get("tensor_dict", {}).get("_dynamo_static_input_type"):
+        return True
+    guard_source = getattr(getattr(node, "_dynamo_source", None), "guard_source", None)
+    if callable(guard_source):  # a method before torch 2.12
+        guard_source = guard_source()
+    return guard_source is not None and guard_source.is_unspecialized_nn_module()
+
+
+def _has_shape_of_an_output(canonical: fx.GraphModule, value: torch.Tensor) -> bool:
+    """Whether an input could be the latents: an output's shape, up to the channels (many models take more in)."""
+    if not value.is_floating_point() or value.dim() < 3:
+        return False
+
+    def alike(shape: torch.Size) -> bool:
+        differing = [d for d, (a, b) in enumerate(zip(shape, value.shape)) if a != b]
+        return len(shape) == value.dim() and len(differing) <= 1 and (value.dim() > 3 or differing in ([], [2]))
+
+    output = next(iter(reversed(canonical.graph.nodes)))
+    return any(alike(o.meta["val"].shape) for o in output.all_input_nodes if isinstance(o.meta.get("val"), torch.Tensor))
+
+
+def _is_symbolic(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) and any(isinstance(n, torch.SymInt) for n in value.shape)
+
+
+def _mutates_shared_storage(canonical: fx.GraphModule, example_inputs: Sequence[Any]) -> bool:
+    """Functional graphs know nothing of aliasing: a write to one of two overlapping inputs would be lost to the other."""
+    placeholders = [n for n in canonical.graph.nodes if n.op == "placeholder"]
+    written = {n.args[0] for n in canonical.graph.nodes if n.target is torch.ops.aten.copy_.default}
+    if not written:
+        return False
+    storages = [v.untyped_storage()._cdata if isinstance(v, torch.Tensor) else None for v in example_inputs]
+    return any(node in written and storages.count(storage) > 1 for node, storage in zip(placeholders, storages))
+
+
+def _trace(name: str, gm: fx.GraphModule) -> None:
+    telemetry.trace_artifact(name, lambda: gm.print_readable(print_output=False))
