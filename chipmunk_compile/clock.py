@@ -77,6 +77,7 @@ class Stream:
 
     generation: int
     states: dict = field(default_factory=dict)
+    programs: dict = field(default_factory=dict)  # by graph: those for the token order of this stream
     last: Evidence | None = None
     step: int = -1
     stride: float = 0.0  # last move of the time that was not zero; its sign is the direction
@@ -90,6 +91,7 @@ class Stream:
     def restart(self, generation: int) -> None:
         """The stream of the next generation, in the same memory."""
         self.generation, self.last, self.steady = generation, None, None
+        self.programs.clear()
         for state in self.states.values():
             state.filled = False
 

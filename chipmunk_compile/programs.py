@@ -14,6 +14,7 @@ from torch import fx
 from . import telemetry
 from .clock import Tick, fingerprint
 from .config import Config
+from .kernels import cpu
 from .passes.lower import StateTensor, lift_state, lower
 from .plan import Analysis, Plan, make_plan
 from .schedule import Program, program_at
@@ -75,6 +76,9 @@ class Programs:
         return [*self._orders, *(next(scopes[tensor.scope]) for tensor in self.state)]
 
     def _compile(self, program: Program, args: list) -> Callable:
+        if program is not Program.DENSE and self.state[0].device.type == "cpu":
+            for treatment in self.plan.treatments:  # the C++ ops, built here rather than within a step
+                cpu.prepare(getattr(treatment.site, "region", None))
         graph = self.graph(program)
         telemetry.trace_artifact(program.value, lambda: graph.print_readable(print_output=False))
         started = time.perf_counter()
@@ -142,20 +146,30 @@ class Runner:
         owner = self._owners.of(args)
         with self._lock:
             tick = self._tick(owner, args)
-            if self.programs is None or (tick is not None and tick.step == 0 and not owner.root.counted):
-                self._order_tokens(args)
+            programs = self._programs_of(tick, owner, args)
         if tick is None:
-            return self.programs.run(Program.DENSE, args)
-        return self._run(owner, tick, args)
+            return programs.run(Program.DENSE, args)
+        return self._run(programs, owner, tick, args)
 
-    def _order_tokens(self, args: Sequence) -> None:
-        """At the first step of a generation: another picture size may be another order of as many tokens."""
-        if self.programs is not None and (not self._analysis.reads_grid or len(self._by_grid) >= MOST_ORDERS):
-            return  # any order is right; one too many to compile for is merely not the best
-        grids = self._analysis.grids(args)
-        if grids not in self._by_grid:
-            self._by_grid[grids] = Programs(self._dynamo, make_plan(self._analysis, grids, self._config), self._config)
-        self.programs = self._by_grid[grids]
+    def _programs_of(self, tick: Tick | None, owner: Owner, args: Sequence) -> Programs:
+        """The programs for the token order of this call's stream, chosen at its first step.
+
+        Another picture size may be another order of as many tokens. Any order is right; one too many to compile for
+        is merely not the best.
+        """
+        chosen = tick.stream.programs.get(self) if tick is not None else self.programs
+        if chosen is not None and (tick is None or tick.step > 0 or not self._analysis.reads_grid):
+            return chosen
+        unread = self.programs is not None and (owner.root.counted is not None or not self._analysis.reads_grid)
+        if not unread and len(self._by_grid) < MOST_ORDERS:
+            grids = self._analysis.grids(args)
+            if grids not in self._by_grid:
+                plan = make_plan(self._analysis, grids, self._config)
+                self._by_grid[grids] = Programs(self._dynamo, plan, self._config)
+            self.programs = self._by_grid[grids]
+        if tick is not None:
+            tick.stream.programs[self] = self.programs
+        return self.programs
 
     def _tick(self, owner: Owner, args: Sequence) -> Tick | None:
         """Where this call belongs; None where nothing tells."""
@@ -194,8 +208,7 @@ class Runner:
             at += len(part)
         return plain + sum(read[:timesteps]), prints
 
-    def _run(self, owner: Owner, tick: Tick, args: Sequence):
-        programs = self.programs
+    def _run(self, programs: Programs, owner: Owner, tick: Tick, args: Sequence):
         key = (owner, owner.occurrence, programs)
         if getattr(_local, "disabled", False):
             tick.stream.states.pop(key, None)

@@ -15,7 +15,7 @@ from .nodes import aten, dtype, emit, emit_permute, emit_reshape, shape
 
 
 def emit_mask(graph: fx.Graph, masks: Sequence[Mask], batch: tuple[int, int], to: torch.dtype) -> Node | None:
-    """One mask for [*batch, queries, keys], boolean (True = attend) if all masks exclude outright, else of dtype `to`."""
+    """One mask for [*batch, queries, keys]: boolean (True = attend) if all exclude outright, else of dtype `to`."""
     if not masks:
         return None
     if all(m.fill == -math.inf for m in masks):

@@ -8,9 +8,8 @@ from dataclasses import dataclass, replace
 from torch.fx import Node
 
 from .contractions import Contraction, read_contraction
-from .nodes import aten, is_cast, is_identity, is_static, is_tensor, known_scalar, known_value, readers, shape
+from .nodes import VIEWS, aten, is_cast, is_identity, is_static, is_tensor, known_scalar, known_value, readers, shape
 
-VIEWS = (aten.view.default, aten._unsafe_view.default, aten.reshape.default)
 # exp(x - max) is zero in every format for such x, unless nothing else in the row is larger.
 _EXCLUDES = -1e4
 
@@ -149,9 +148,7 @@ def _step(scores: Scores, upper: Node, node: Node) -> Scores | None:
         return scores if shape(node) == shape(upper) else None
     if target in _PERMUTATIONS:
         order = permutation(node)
-        return replace(
-            scores, dims="".join(scores.dims[d] for d in order), sizes=tuple(scores.sizes[d] for d in order)
-        )
+        return replace(scores, dims="".join(scores.dims[d] for d in order), sizes=tuple(scores.sizes[d] for d in order))
     if target in VIEWS:
         return _regroup(scores, shape(node))
     if shape(node) != shape(upper):

@@ -8,7 +8,7 @@ from torch.fx import Node
 
 from .naming import module_path
 from .nodes import aten, dtype, is_static, shape, under_autocast
-from .origin_rules import Origins
+from .origin_labels import Origins
 from .origins import Axis, Entry, Label, Segment, has_identity, size_of
 from .other_attention import find_other_attention
 from .reasons import Reason
@@ -84,13 +84,13 @@ def _refusal(
         return Reason.UNSUPPORTED_MASK, {**lengths, "mask": shape(mask)}
     if attention.dropout_p:
         return Reason.DROPOUT, {"dropout_p": attention.dropout_p}
-    dtypes = {"query": dtype(query), "key": dtype(key), "value": dtype(value), "autocast": autocast}
+    dtypes = {"query": str(dtype(query)), "key": str(dtype(key)), "value": str(dtype(value)), "autocast": autocast}
     if autocast or len({dtype(n) for n in (query, key, value, node)}) > 1:
         return Reason.MIXED_DTYPE, dtypes
     if dtype(query) not in DTYPES:
-        return Reason.UNSUPPORTED_DTYPE, {"dtype": dtype(query)}
+        return Reason.UNSUPPORTED_DTYPE, {"dtype": str(dtype(query))}
     if mask is not None and dtype(mask) not in (torch.bool, *DTYPES):
-        return Reason.UNSUPPORTED_DTYPE, {"mask": dtype(mask)}
+        return Reason.UNSUPPORTED_DTYPE, {"mask": str(dtype(mask))}
     grouped = heads % kv_heads == 0 and shape(value)[:3] == shape(key)[:3]
     if not MIN_HEAD_DIM <= head_dim <= MAX_HEAD_DIM or shape(value)[-1] != head_dim or kv_batch != batch or not grouped:
         return Reason.UNSUPPORTED_SHAPE, {"query": shape(query), "key": shape(key), "value": shape(value)}

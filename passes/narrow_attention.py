@@ -14,10 +14,9 @@ from .attention_masks import emit_aligned
 from .attention_scores import Mask
 from .canonical import clean
 from .nodes import aten, dtype, emit, emit_reshape, is_static, is_tensor, known_value, shape, substitute, under_autocast
-from .origin_rules import Origins
-from .origins import constant_run, is_constant
+from .origin_labels import Origins
+from .origins import constant_run, feature_run, is_constant
 from .sdpa import SDPA, Sdpa, emit_sdpa, read_sdpa
-
 
 _CONJUNCTIONS = (aten.mul.Tensor, aten.logical_and.default, aten.bitwise_and.Tensor, aten.__and__.Tensor)
 
@@ -43,7 +42,7 @@ def narrow_attention(gm: fx.GraphModule) -> fx.GraphModule:
         if not all(is_static(t) for t in tensors if t is not None):
             continue
         with gm.graph.inserting_before(node):
-            narrow = _four_dimensional(gm.graph, attention)
+            narrow = _four_dimensional(gm.graph, attention, origins)
             if narrow is None:
                 continue
             narrow = _without_repeated_heads(gm.graph, narrow, origins)
@@ -57,14 +56,17 @@ def narrow_attention(gm: fx.GraphModule) -> fx.GraphModule:
     return clean(gm)
 
 
-def _four_dimensional(graph: fx.Graph, attention: Sdpa) -> Sdpa | None:
+def _four_dimensional(graph: fx.Graph, attention: Sdpa, origins: Origins) -> Sdpa | None:
     query, key, value, mask = attention.query, attention.key, attention.value, attention.mask
     *lead, q_len, _ = shape(query)
     if len(lead) != 2:
         if any(shape(n)[:-2] != tuple(lead) for n in (key, value)):
             return None
-        batch = (lead[0] if len(lead) == 1 else math.prod(lead[:-1]), lead[-1] if len(lead) > 1 else 1)
-        batch = batch if lead else (1, 1)
+        if len(lead) == 1:
+            heads = feature_run(origins.of(query)[0])
+            batch = (lead[0] // heads, heads)
+        else:
+            batch = (math.prod(lead[:-1]), lead[-1]) if lead else (1, 1)
         query, key, value = (emit_reshape(graph, n, (*batch, *shape(n)[-2:])) for n in (query, key, value))
     else:
         batch = tuple(lead)

@@ -23,11 +23,10 @@ _SAME_VALUES = (
     aten.contiguous.default,
     aten.lift_fresh_copy.default,
 )
+VIEWS = (aten.view.default, aten._unsafe_view.default, aten.reshape.default)
 # These only move, repeat or drop elements: of one value throughout they leave that value.
 _REARRANGEMENTS = (
-    aten.view.default,
-    aten._unsafe_view.default,
-    aten.reshape.default,
+    *VIEWS,
     aten.permute.default,
     aten.transpose.int,
     aten.unsqueeze.default,
@@ -128,9 +127,8 @@ def emit_reshape(graph: fx.Graph, node: Node, size: Sequence[int]) -> Node:
     size = tuple(size)
     source = node
     while shape(source) != size:
-        if source.target not in (aten.view.default, aten._unsafe_view.default, aten.reshape.default):
-            if source.target is not aten.clone.default:
-                break
+        if source.target not in (*VIEWS, aten.clone.default):
+            break
         source = source.args[0]
     if shape(source) == size:
         return source
@@ -173,7 +171,7 @@ def known_value(value: object, depth: int = 32) -> torch.Tensor | None:
             numbers[node] = known_value(node, depth)
             if numbers[node] is None:
                 return None
-        return target(*map_arg(args, numbers.get), **map_arg(dict(value.kwargs), numbers.get))
+        return target(*map_arg(args, numbers.get), **map_arg(dict(value.kwargs), numbers.get)).to(dtype(value))
     return None
 
 

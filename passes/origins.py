@@ -100,7 +100,7 @@ def constant_run(label: Label) -> int:
 
 def feature_run(label: Label) -> int:
     """How many innermost positions are channels of a projection, which a view has merged with what lies outside."""
-    if len(label) != 1 or any(entry.start for entry in label[0].entries):
+    if len(label) != 1 or not all(_is_whole(entry, label[0].size) for entry in label[0].entries):
         return 1
     runs = {e.track[-1].size if e.track[-1].kind == "feature" else 1 for e in label[0].entries}
     return runs.pop() if len(runs) == 1 else 1

@@ -5,11 +5,11 @@ from __future__ import annotations
 from torch import fx
 from torch.fx import Node
 
-from .attention_scores import VIEWS, score_path
+from .attention_scores import score_path
 from .contractions import Contraction, read_contraction
 from .naming import module_path
-from .nodes import aten, is_cast, is_identity, is_static, is_tensor, shape, under_autocast
-from .origin_rules import Origins
+from .nodes import VIEWS, aten, is_cast, is_identity, is_static, is_tensor, shape, under_autocast
+from .origin_labels import Origins
 from .origins import Label, has_identity
 from .reasons import Reason
 from .sites import Declined

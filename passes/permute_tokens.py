@@ -4,8 +4,8 @@
 
 `plan_permutation` finds the runs of tokens that have a grid (`token_grid`), where they lie in every value
 (`token_axis`), which ops carry a permutation of them (`token_proof`), and the cheapest place for the gathers
-(`token_cut`). `permute_tokens` puts them there. The order itself is an input of the permuted graph, int64 tensors
-behind its other inputs (`index_inputs`): one graph serves every order, and refresh and delta alike.
+(`token_cut`). `permute_tokens` puts them there. The order itself is an input of the permuted graph, int64
+tensors behind its other inputs (`index_inputs`): one graph serves every order, and refresh and delta alike.
 What comes out is what came out before, to rounding: softmax and sums add the same numbers in another order.
 """
 
@@ -37,7 +37,7 @@ DEFAULT_SHARE = 0.05
 
 @dataclass(frozen=True)
 class Layout:
-    """One index tensor: an axis of `length` positions where each (start, run, undo) of `moves` is reordered."""
+    """One index tensor: an axis of `length` positions, reordered by each (start, run, undo) of `moves`."""
 
     length: int
     moves: tuple[tuple[int, int, bool], ...]
@@ -100,7 +100,8 @@ def plan_permutation(
 ) -> PermutationPlan | Declined:
     """Where to permute tokens in a canonical graph, or why nowhere.
 
-    sites: of `gm`; they are what the permutation serves. axes: of `analyse_tokens(gm)`, if it has been called.
+    sites: of `gm`; they are what the permutation serves. axes: of `analyse_tokens(gm)`, if it has been
+    called.
     grid: (frames, height, width) by the user, or several, one after the other; overrides what the graph says.
     fixed: placeholders that stay the same over a generation (parameters, ids, prompt embeddings).
     share: how much of the sites' own time the gathers may cost (`math.inf`: any).
@@ -129,8 +130,12 @@ def plan_permutation(
     regions = [_region(gm, axes, run, sites, still, share) for run in runs]
     kept = [k for k, region in enumerate(regions) if not region.sites.isdisjoint(attention)]
     if not kept:
-        plan = _assemble(gm, axes, runs, [_region(gm, axes, run, sites, still, math.inf) for run in runs], still)
-        return _declined(Reason.WALLED_IN, walls=tuple(wall.name for wall in plan.walls[:4]), bytes=plan.bytes)
+        plan = _assemble(
+            gm, axes, runs, [_region(gm, axes, run, sites, still, math.inf) for run in runs], still
+        )
+        return _declined(
+            Reason.WALLED_IN, walls=tuple(wall.name for wall in plan.walls[:4]), bytes=plan.bytes
+        )
     return _assemble(gm, axes, [runs[k] for k in kept], [regions[k] for k in kept], still)
 
 
@@ -138,7 +143,7 @@ def _declined(reason: Reason, **detail) -> Declined:
     return Declined("permutation", "", reason, detail)
 
 
-# --- one run ---------------------------------------------------------------------------------------------------------
+# --- one run ------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -154,7 +159,9 @@ class _Region:
 def _region(gm, axes: TokenAxes, run: TokenRun, sites, still: Collection[fx.Node], share: float) -> _Region:
     held = occurrences(axes, run.pattern)
     closed = walls(gm, axes, held, run.length)
-    served = [site for site in sites if site.node not in closed and holds(_tokens_of(axes, site), run.pattern)]
+    served = [
+        site for site in sites if site.node not in closed and holds(_tokens_of(axes, site), run.pattern)
+    ]
     wanted = {site.node: site_bytes(site, share) for site in served}
     whole = [_ops_of(site) for site in sites if isinstance(site, MlpSite)]
     inside = minimum_cut(gm, held, closed, wanted, whole, still)
@@ -162,7 +169,7 @@ def _region(gm, axes: TokenAxes, run: TokenRun, sites, still: Collection[fx.Node
 
 
 def _ops_of(site: MlpSite) -> list[fx.Node]:
-    """The ops between the input of an MLP and its last node, which included: no gather may come between them."""
+    """The ops from the input of an MLP to its last node: no gather may come between them."""
     out: dict[fx.Node, None] = {}
     stack = [site.node]
     while stack:
@@ -173,10 +180,12 @@ def _ops_of(site: MlpSite) -> list[fx.Node]:
     return [owner(node) for node in out]
 
 
-# --- all runs together -----------------------------------------------------------------------------------------------
+# --- all runs together --------------------------------------------------------------------------------------
 
 
-def _assemble(gm, axes: TokenAxes, runs, regions: list[_Region], still: Collection[fx.Node]) -> PermutationPlan:
+def _assemble(
+    gm, axes: TokenAxes, runs, regions: list[_Region], still: Collection[fx.Node]
+) -> PermutationPlan:
     layouts: dict[Layout, int] = {}
     gathers = []
     for value in gm.graph.nodes:
@@ -225,7 +234,7 @@ def _walls(regions: Iterable[_Region]) -> Iterator[Wall]:
                 yield Wall(node, why)
 
 
-# --- rewriting -------------------------------------------------------------------------------------------------------
+# --- rewriting ----------------------------------------------------------------------------------------------
 
 
 def permute_tokens(gm: fx.GraphModule, plan: PermutationPlan) -> fx.GraphModule:
@@ -263,7 +272,8 @@ def run_order(
 ) -> tuple[torch.Tensor, tuple[int, ...]]:
     """(order, chunk lengths) of one run, as `token_order` gives them, grid after grid.
 
-    grids: `run.grids`, or what `grids_from_ids` read off `run.ids`; None or another number of tokens: raster order.
+    grids: `run.grids`, or what `grids_from_ids` read off `run.ids`; None or another number of tokens: raster
+    order.
     """
     parts = [token_order(grid, chunk, kind) for grid in grids or ()]
     if sum(len(order) for order, _ in parts) != run.length:
@@ -276,7 +286,7 @@ def run_order(
 
 
 def index_inputs(plan: PermutationPlan, orders: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    """The last inputs of the permuted graph, int64, each on its device, for one order a run (see `run_order`)."""
+    """The last inputs of the permuted graph, int64, each on its device; `orders`: one a run (`run_order`)."""
     out = []
     for layout in plan.layouts:
         index = torch.arange(layout.length)
@@ -294,11 +304,11 @@ def site_chunks(
     plan: PermutationPlan | None = None,
     run_lengths: Sequence[tuple[int, ...]] = (),
 ) -> tuple[int, ...]:
-    """The chunk lengths along the tokens of a site (`q_len` of an attention, `tokens` of an MLP), of which they are
-    the sum. Chunks restart at each segment; within a permuted run they are those of its order.
+    """The chunk lengths along the tokens of a site (`q_len` of an attention, `tokens` of an MLP), of which
+    they are the sum. Chunks restart at each segment; within a permuted run they are those of its order.
 
-    run_lengths: of `run_order`, for each run of `plan`. Segments that are not permuted and shorter than a chunk join
-    their neighbours.
+    run_lengths: of `run_order`, for each run of `plan`. Segments that are not permuted and shorter than a
+    chunk join their neighbours.
     """
     runs = plan.runs if plan is not None and site.node in plan.sites else ()
     out: list[int] = []
@@ -317,7 +327,7 @@ def site_chunks(
 
 
 def _tokens_of(axes: TokenAxes, site: AttentionSite | MlpSite) -> Rope:
-    """The axis of a site's tokens. An MLP may see it flattened with the batch, and then each sample's is the same."""
+    """The axis of a site's tokens. If an MLP sees it flattened with the batch, samples are alike."""
     if isinstance(site, AttentionSite):
         return axes.rope(site.query, -2)
     leading = axes.ropes[site.input, 0][:-1]

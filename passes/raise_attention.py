@@ -12,19 +12,31 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import fx
 from torch.fx import Node
 
 from .attention_masks import emit_mask, emit_row_factor
-from .attention_scores import VIEWS, Scores, batch_sizes, permutation, read_scores, regrouped_dims
+from .attention_scores import Scores, batch_sizes, permutation, read_scores, regrouped_dims
 from .canonical import clean
 from .contractions import Contraction, read_contraction
 from .fused_layers import split_encoder_layers
 from .narrow_attention import narrow_attention
-from .nodes import aten, dtype, emit, emit_permute, emit_reshape, is_cast, is_identity, is_static
-from .nodes import known_scalar, shape, substitute, under_autocast
-from .origin_rules import Origins
+from .nodes import (
+    VIEWS,
+    aten,
+    dtype,
+    emit,
+    emit_permute,
+    emit_reshape,
+    is_cast,
+    is_identity,
+    is_static,
+    known_scalar,
+    shape,
+    substitute,
+    under_autocast,
+)
+from .origin_labels import Origins
 from .origins import feature_run
 from .sdpa import Sdpa, emit_sdpa
 from .softmax_forms import raise_softmax
@@ -110,11 +122,14 @@ def _weights_product(softmax: Node, dims: str) -> tuple[Contraction, Node, str] 
             dims = "".join(dims[d] for d in permutation(user))
         elif user.target in VIEWS:
             dims = regrouped_dims(dims, shape(node), shape(user))
-        elif not (is_identity(user) or is_cast(user)):
-            if user.target is not aten.expand.default or shape(user) != shape(node):
-                return None
+        elif not (is_identity(user) or is_cast(user) or _expands_nothing(user)):
+            return None
         node = user
     return None
+
+
+def _expands_nothing(node: Node) -> bool:
+    return node.target is aten.expand.default and shape(node) == shape(node.args[0])
 
 
 def _align_value(product: Contraction, weights: Node, dims: str) -> tuple[_Operand, tuple[int, ...]] | None:
@@ -224,4 +239,4 @@ def _batch_and_heads(found: _Attention, origins: Origins) -> tuple[int, int]:
             if len(shape(source)) == 4 and shape(source)[2:] == shape(found.query.node)[1:]:
                 return shape(source)[:2]
     heads = feature_run(origins.of(found.query.node)[found.query.order[0]])
-    return (size // heads, heads) if size % heads == 0 else (size, 1)
+    return size // heads, heads

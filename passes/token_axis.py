@@ -1,12 +1,14 @@
 """Which axes of which values are one sequence of tokens, and where its segments lie.
 
-Every dimension of every value is a *rope*: a line of *cells*, each a run of positions. At first a dimension is one
-cell. The links of each op (`token_links`) say which spans correspond; unifying two spans lays the ropes side by side,
-splits cells where one ends and the other does not, and merges the pairs (union-find). `cat` and `slice` so cut ropes
-into segments by themselves: where text and image tokens are joined, the joint axis becomes [text cell, image cell],
-and every value that holds image tokens, anywhere in the graph, holds the image cell.
+Every dimension of every value is a *rope*: a line of *cells*, each a run of positions. At first a dimension
+is one cell. The links of each op (`token_links`) say which spans correspond; unifying two spans lays the
+ropes side by side, splits cells where one ends and the other does not, and merges the pairs (union-find).
+`cat` and `slice` so cut ropes into segments by themselves: where text and image tokens are joined, the joint
+axis becomes [text cell, image cell], and every value that holds image tokens, anywhere in the graph, holds
+the image cell.
 
-Nothing here is proof. A wrong merge costs a permutation, never a wrong result: `token_proof` checks every op anew.
+Nothing here is proof. A wrong merge costs a permutation, never a wrong result: `token_proof` checks every op
+anew.
 """
 
 from __future__ import annotations
@@ -129,11 +131,8 @@ def cut_out(rope: list[Cell], start: int, length: int) -> list[Cell]:
     return out
 
 
-def unify(a: list[Cell], b: list[Cell]) -> None:
-    """Merges two runs of cells of equal total length, unless they are shifted."""
-    a, b = leaves(a), leaves(b)
-    if a == b or shifted(a, b):
-        return
+def merge(a: list[Cell], b: list[Cell]) -> None:
+    """Makes two runs of cells of equal total length the same tokens, splitting where their cells differ."""
     left, right = a[::-1], b[::-1]
     while left:
         x, y = _next(left), _next(right)
@@ -156,17 +155,19 @@ def _next(stack: list[Cell]) -> Cell:
 
 
 def shifted(a: list[Cell], b: list[Cell]) -> bool:
-    """Whether a cell would have to be merged with itself some positions further on, as in x[1:] + x[:-1].
+    """Whether merging would merge a cell with itself some positions further on, as in x[1:] + x[:-1].
 
-    Such a merge makes every position the same class: it would split the axis into single tokens.
+    That makes every position the same class: it would split the axis into single tokens. The cells are unsplit.
     """
+    if len(a) == len(b) == 1:
+        return False
     places: dict[Cell, list[int]] = {}
     position = 0
-    for cell in leaves(a):
+    for cell in a:
         places.setdefault(cell, []).append(position)
         position += cell.length
     position = 0
-    for cell in leaves(b):
+    for cell in b:
         if any(0 < abs(position - other) < cell.length for other in places.get(cell, ())):
             return True
         position += cell.length
@@ -201,11 +202,11 @@ class _Lines:
         return cut_out(self.rope(call, span), span.start, span.length)
 
     def follow(self, call: Call, link: Link) -> None:
-        """Merges all spans of a link, or none of them if that would merge a run of positions with its neighbours."""
-        first, *others = [self.cells(call, span) for span in link.spans]
+        """Merges all spans of a link, or none if that would merge positions with their neighbours."""
+        first, *others = map(leaves, [self.cells(call, span) for span in link.spans])
         if not any(shifted(first, other) for other in others):
             for other in others:
-                unify(first, other)
+                merge(first, other)
 
     def frozen(self) -> dict[Value, tuple[Rope, ...]]:
         """The ropes as they are now, equal ones shared."""
@@ -248,8 +249,8 @@ def query_and_key(attention: fx.Node) -> tuple[fx.Node, fx.Node]:
 
 
 def _follow_weak(lines: _Lines, weak: list[tuple[Call, Link]], sites: list[fx.Node]) -> None:
-    """Reads a long axis as copies of a short one only where attention reads the short one and not the long one, or
-    where the long one is known to be copies already.
+    """Reads a long axis as copies of a short one only where attention reads the short one and not the long
+    one, or where the long one is known to be copies already.
 
     So [batch, tokens] -> [batch * tokens] is followed, and [frames, height, width] -> [tokens] is not.
     """

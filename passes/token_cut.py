@@ -1,8 +1,10 @@
-"""Where tokens change their order: a minimum cut between the ops that want them permuted and those that must not.
+"""Where tokens change their order: a minimum cut between the ops that want them permuted and those that must
+not.
 
-Every op that touches the tokens lies inside (permuted) or outside. Sites want to be inside, for what token order is
-worth to them; inputs, outputs and walls are outside. A value that crosses is gathered once for all its users on the
-other side, at the bytes that the gather moves. The cut of least bytes is exact (Ford and Fulkerson).
+Every op that touches the tokens lies inside (permuted) or outside. Sites want to be inside, for what token
+order is worth to them; inputs, outputs and walls are outside. A value that crosses is gathered once for all
+its users on the other side, at the bytes that the gather moves. The cut of least bytes is exact (Ford and
+Fulkerson).
 """
 
 from __future__ import annotations
@@ -20,10 +22,12 @@ from .token_axis import Value
 from .token_links import is_element, is_tensor
 from .token_proof import Places, touches
 
-# A value that stays the same over a generation is gathered once, or as good as: ids, RoPE tables, learned positions.
+# A value that stays the same over a generation is gathered once, or as good as: ids, RoPE tables, learned
+# positions.
 FIXED_DISCOUNT = 10**6
-# What a memory transaction moves, in bytes: a gather of shorter runs pays for the rest too.
-SECTOR = 32
+# What a memory transaction moves, in bytes. A gather of shorter runs reads the rest of it too, and again for
+# the next token, as far as caches do not help: neighbours of a patch lie in few sectors, so they mostly do.
+SECTOR, MOST_WASTE = 32, 4
 # Arithmetic done in the time that one byte takes (600 TFLOP/s, 3 TB/s).
 FLOPS_PER_BYTE = 200
 
@@ -31,7 +35,6 @@ FLOPS_PER_BYTE = 200
 AT_ANY_PRICE = 1 << 60
 
 _INSIDE, _OUTSIDE = "inside", "outside"
-
 
 
 def owner(node: fx.Node) -> fx.Node:
@@ -47,12 +50,12 @@ def users(node: fx.Node) -> list[fx.Node]:
 
 
 def gather_bytes(value: torch.Tensor, dims: Collection[int]) -> int:
-    """Bytes read and written by one gather along each of `dims`; more along a dim whose neighbours lie scattered."""
+    """Bytes read and written by a gather along each of `dims`; more where a token lies scattered."""
     size = value.numel() * value.element_size()
     total = 0
     for dim in dims:
         run = value.stride(dim) * value.element_size()
-        total += size + size * max(1, SECTOR // max(1, run))
+        total += size + size * min(MOST_WASTE, max(1, SECTOR // max(1, run)))
     return total
 
 
@@ -61,7 +64,9 @@ def site_bytes(site: AttentionSite | MlpSite, share: float) -> float:
     if isinstance(site, AttentionSite):
         flops = 4 * site.batch * site.heads * site.q_len * site.kv_len * site.head_dim
     else:
-        flops = 2 * site.batch * site.tokens * site.hidden * (len(site.up) * site.in_features + site.out_features)
+        flops = (
+            2 * site.batch * site.tokens * site.hidden * (len(site.up) * site.in_features + site.out_features)
+        )
     return share * flops / FLOPS_PER_BYTE
 
 
@@ -75,8 +80,8 @@ def minimum_cut(
 ) -> frozenset[fx.Node]:
     """The ops inside, by the cheapest cut.
 
-    wanted: ops that gain from being inside, and how many bytes that is worth to each. whole: sets of ops that must
-    lie on one side. fixed: nodes that stay the same over a generation.
+    wanted: ops that gain from being inside, and how many bytes that is worth to each. whole: sets of ops that
+    must lie on one side. fixed: nodes that stay the same over a generation.
     """
     ops = {node for node in gm.graph.nodes if not is_element(node) and touches(node, held)}
     side = {op: _OUTSIDE if op.op != "call_function" or op in walls else op for op in ops}
@@ -118,7 +123,7 @@ def _add_value(network: nx.DiGraph, node: fx.Node, source, targets: set, price: 
 
 
 def _edge(network: nx.DiGraph, a, b, price: float) -> None:
-    """Capacities are whole bytes, and those of parallel edges add up; an edge without capacity is never cut."""
+    """Capacities are whole bytes and add up; an edge without capacity is never cut."""
     if a == b:
         return
     if network.has_edge(a, b):

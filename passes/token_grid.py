@@ -1,8 +1,8 @@
 """How a run of tokens lies in time and space: its grid (frames, height, width), read off the graph.
 
 The evidence is a view that folds the token axis: [B, N, C] viewed as [B, h, w, p, p, c] by un-patchify, or
-[B, C, t, h, w] flattened to [B, C, N] after a patch embedding, or a RoPE table built on the grid. Where tokens come
-packed, position ids say it, at run time (`token_order.grids_from_ids`); else the user does.
+[B, C, t, h, w] flattened to [B, C, N] after a patch embedding, or a RoPE table built on the grid. Where
+tokens come packed, position ids say it, at run time (`token_order.grids_from_ids`); else the user does.
 """
 
 from __future__ import annotations
@@ -29,14 +29,16 @@ aten = torch.ops.aten
 class TokenRun:
     """A run of tokens that one permutation can reorder.
 
-    pattern: the pieces of it, in every axis that holds it. grids: how it lies in time and space, one grid after the
-    other; empty where only `ids` say it, at run time, or where the evidence contradicts itself.
+    pattern: the pieces of it, in every axis that holds it. grids: how it lies in time and space, one grid
+    after the other; empty where only `ids` say it, at run time, or where the evidence contradicts itself.
     """
 
     pattern: Rope
     grids: tuple[Grid, ...]
     source: str  # what the grids were read from: the name of an op or of an input, or "option"
-    ids: fx.Node | None = None  # position ids, [..., tokens, axes], that hold the run at `ids_start` of their tokens
+    ids: fx.Node | None = (
+        None  # position ids, [..., tokens, axes], that hold the run at `ids_start` of their tokens
+    )
     ids_start: int = 0
     contradicting: tuple[Grid, ...] = ()
 
@@ -103,11 +105,11 @@ def _disjoint(runs: list[TokenRun]) -> list[TokenRun]:
     return out
 
 
-# --- views -----------------------------------------------------------------------------------------------------------
+# --- views --------------------------------------------------------------------------------------------------
 
 
 class _Fold(NamedTuple):
-    """A view that makes one axis of several, or several of one: their lengths, slowest first, and their ropes."""
+    """A view that makes one axis of several, or the reverse: their lengths, slowest first, and ropes."""
 
     node: fx.Node
     lengths: tuple[int, ...]
@@ -134,7 +136,7 @@ def _folds(axes: TokenAxes) -> dict[Rope, list[_Fold]]:
 
 
 def _fold(node: fx.Node, length: int, parts: list[tuple[int, Rope]]) -> _Fold | None:
-    """`length` as the product of the last sizes of `parts`; the slowest factor may be a part of its size (a batch)."""
+    """`length` as a product of the last sizes of `parts`; of the slowest, a divisor will do (a batch)."""
     lengths, ropes = [], []
     for size, rope in reversed(parts):
         factor = size if length % size == 0 else length if size % length == 0 else 0
@@ -161,7 +163,7 @@ def _unfolded(folds: dict[Rope, list[_Fold]]) -> dict[Rope, list[_Fold]]:
 
 
 def _finest(folds: list[_Fold]) -> tuple[Grid, ...]:
-    """The grids of two or three axes that are no coarser reading of another; more than one contradict each other."""
+    """The grids of two or three axes, without coarser readings of them; if several, they contradict."""
     candidates = {fold.lengths for fold in folds if len(fold.lengths) <= 3}
     finest = [a for a in candidates if not any(a != b and _coarser(a, b) for b in candidates)]
     return tuple(sorted((1,) * (3 - len(lengths)) + lengths for lengths in finest))
@@ -172,7 +174,7 @@ def _coarser(a: tuple[int, ...], b: tuple[int, ...]) -> bool:
     return set(itertools.accumulate(a, mul)) <= set(itertools.accumulate(b, mul))
 
 
-# --- ids -------------------------------------------------------------------------------------------------------------
+# --- ids ----------------------------------------------------------------------------------------------------
 
 
 def _runs_with_ids(gm: fx.GraphModule, axes: TokenAxes, joint: list[Rope]) -> Iterator[TokenRun]:
@@ -207,7 +209,9 @@ def _angle_inputs(gm: fx.GraphModule) -> list[fx.Node]:
         if node not in seen:
             seen.add(node)
             stack += node.all_input_nodes
-    shapes = {node: shape_of(node.meta["val"]) for node in seen if node.op == "placeholder" and is_tensor(node)}
+    shapes = {
+        node: shape_of(node.meta["val"]) for node in seen if node.op == "placeholder" and is_tensor(node)
+    }
     return [node for node, shape in shapes.items() if len(shape) in (2, 3) and shape[-1] in (2, 3, 4)]
 
 

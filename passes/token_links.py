@@ -1,13 +1,14 @@
 """The language of the token permutation: what one op lets one permute.
 
-A *link* is a set of equally long spans of one op's inputs and outputs. It claims: permute every input span of the
-link by one permutation, any permutation, and the op's outputs are the old ones with the output spans permuted alike.
-A link of input spans alone says that the result does not care (a sum over tokens); a link of a single output span
-says that the result is the same all along it (a fill). Spans in no link are rigid: nothing is claimed about them.
-An op's links touch each position at most once, so any subset of them may be used together.
+A *link* is a set of equally long spans of one op's inputs and outputs. It claims: permute every input span of
+the link by one permutation, any permutation, and the op's outputs are the old ones with the output spans
+permuted alike. A link of input spans alone says that the result does not care (a sum over tokens); a link of
+a single output span says that the result is the same all along it (a fill). Spans in no link are rigid:
+nothing is claimed about them. An op's links touch each position at most once, so any subset of them may be
+used together.
 
-A rule yields the links of one signature: op, shapes and arguments, never values, nodes or names. `rule` registers
-it for overloads of ATen, and `call_of(node)` reads a node of a graph.
+A rule yields the links of one signature: op, shapes and arguments, never values, nodes or names. `rule`
+registers it for overloads of ATen, and `call_of(node)` reads a node of a graph.
 """
 
 from __future__ import annotations
@@ -53,9 +54,9 @@ class Span(NamedTuple):
 class Link(NamedTuple):
     """Spans that must be permuted alike.
 
-    A weak link reads one long axis as copies of a short one ([batch, tokens] viewed as [batch * tokens]). It is as
-    true as any other, but following it everywhere would cut a video's token axis into rows, because a grid
-    [t, h, w] flattens the same way.
+    A weak link reads one long axis as copies of a short one ([batch, tokens] viewed as [batch * tokens]). It
+    is as true as any other, but following it everywhere would cut a video's token axis into rows, because a
+    grid [t, h, w] flattens the same way.
     """
 
     spans: tuple[Span, ...]
@@ -166,7 +167,11 @@ def rule_of(target) -> Rule | None:
     if target in RULES or not isinstance(target, torch._ops.OpOverload) or target.namespace != "aten":
         return RULES.get(target)
     random = torch.Tag.nondeterministic_seeded in target.tags
-    return pointwise if torch.Tag.pointwise in target.tags and not random and not target._schema.is_mutable else None
+    return (
+        pointwise
+        if torch.Tag.pointwise in target.tags and not random and not target._schema.is_mutable
+        else None
+    )
 
 
 @functools.lru_cache(maxsize=None)
@@ -181,7 +186,11 @@ def _operand(slot: int, value: torch.Tensor) -> Operand:
 def shape_of(value: torch.Tensor) -> tuple[int | None, ...]:
     """The shape as ints, None where a size is symbolic."""
     shape = tuple(value.shape)
-    return shape if all(type(size) is int for size in shape) else tuple(s if type(s) is int else None for s in shape)
+    return (
+        shape
+        if all(type(size) is int for size in shape)
+        else tuple(s if type(s) is int else None for s in shape)
+    )
 
 
 def is_tensor(node: fx.Node) -> bool:
@@ -194,7 +203,7 @@ def is_element(node: fx.Node) -> bool:
     return node.op == "call_function" and node.target is operator.getitem
 
 
-# --- building links --------------------------------------------------------------------------------------------------
+# --- building links -----------------------------------------------------------------------------------------
 
 
 def whole(operand: Operand, dim: int) -> Span:
@@ -209,7 +218,7 @@ def together(*spans: Span, weak: bool = False) -> Iterator[Link]:
 
 
 def alike(*ends: tuple[Operand, int]) -> Iterator[Link]:
-    """One link of whole dimensions. Sizes of one drop out (they broadcast); unequal ones leave the dims rigid."""
+    """One link of whole dims. Sizes of one drop out (they broadcast); unequal ones leave all rigid."""
     spans = tuple(whole(operand, dim) for operand, dim in ends if operand.shape[dim] != 1)
     if spans and spans[0].length and all(span.length == spans[0].length for span in spans):
         yield Link(spans)
@@ -236,8 +245,9 @@ def pointwise(call: Signature) -> Iterator[Link]:
 def lettered(pattern: str, operands: Iterable[Operand | None], outs: Iterable[Operand]) -> Iterator[Link]:
     """Links in the manner of einsum: every lower-case letter is one link, "..." are broadcast dims.
 
-    Upper-case letters are rigid: "mK, Kn -> mn" links rows and columns but not what is summed. An operand in brackets
-    may have fewer dims than letters, and then has the last ones. Operands that are None are left out.
+    Upper-case letters are rigid: "mK, Kn -> mn" links rows and columns but not what is summed. An operand in
+    brackets may have fewer dims than letters, and then has the last ones. Operands that are None are left
+    out.
     """
     ends: dict[object, list[tuple[Operand, int]]] = {}
     inputs, _, outputs = pattern.replace(" ", "").replace("...", ".").partition("->")

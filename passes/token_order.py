@@ -1,14 +1,13 @@
 """In which order tokens of a grid (frames, height, width) are best chunked, and how long the chunks are.
 
-Tokens of one chunk share their columns, so a chunk should be a small box of neighbours: a patch of an image, a voxel
-of a video. Grids divide into boxes as evenly as they can; where they do not divide, boxes are ragged and their chunks
-shorter, so that no chunk ever straddles two boxes.
+Tokens of one chunk share their columns, so a chunk should be a small box of neighbours: a patch of an image,
+a voxel of a video. Grids divide into boxes as evenly as they can; where they do not divide, boxes are ragged
+and their chunks shorter, so that no chunk ever straddles two boxes.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
 from math import ceil
 
 import torch
@@ -17,14 +16,17 @@ Grid = tuple[int, int, int]  # frames, height, width: positions in row-major ord
 
 
 def token_order(grid: Grid, chunk: int = 64, kind: str = "patch") -> tuple[torch.Tensor, tuple[int, ...]]:
-    """(order, lengths): the new place i holds the token that was at order[i] (int64 [tokens]); `lengths` are the
-    chunks in the new order, each at most `chunk` tokens, and sum to the number of tokens.
+    """(order, lengths): the new place i holds the token that was at order[i] (int64 [tokens]); `lengths` are
+    the chunks in the new order, each at most `chunk` tokens, and sum to the number of tokens.
 
-    kind: "patch" (boxes, the default), "hilbert" (equal chunks along a Hilbert curve) or "raster" (the order as it is).
+    kind: "patch" (boxes, the default), "hilbert" (equal chunks along a Hilbert curve) or "raster" (the order
+    as it is).
     Raises ValueError for another kind, an empty grid or a chunk below one.
     """
     if len(grid) != 3 or min(grid) < 1 or chunk < 1:
-        raise ValueError(f"no token order for the grid {grid} in chunks of {chunk}: all sizes must be at least 1")
+        raise ValueError(
+            f"no token order for the grid {grid} in chunks of {chunk}: all sizes must be at least 1"
+        )
     if kind == "patch":
         return _patches(grid, patch_size(grid, chunk))
     tokens = grid[0] * grid[1] * grid[2]
@@ -40,24 +42,14 @@ def chunk_lengths(tokens: int, chunk: int) -> tuple[int, ...]:
     return (chunk,) * (tokens // chunk) + ((tokens % chunk,) if tokens % chunk else ())
 
 
-def rechunked(lengths: Sequence[int], chunk: int) -> tuple[int, ...]:
-    """The same order in chunks of another size: neighbouring boxes together while they fit, or each box in parts."""
-    out: list[int] = []
-    for length in lengths:
-        if out and out[-1] + length <= chunk:
-            out[-1] += length
-        else:
-            out += chunk_lengths(length, chunk)
-    return tuple(out)
-
-
 @functools.lru_cache(maxsize=256)
 def patch_size(grid: Grid, chunk: int) -> Grid:
     """The box of at most `chunk` tokens that cuts `grid` into few and compact chunks.
 
-    It minimises (number of chunks) x (square root of the distance within one). Chunks are what attention pays for,
-    whether full or not, and distance is what column recall pays for: [8, 8] for a large image and [4, 4, 4] for a
-    video that divides by 4, but [3, 5, 4] for a 21 x 45 x 80 one, where 4 x 4 x 4 would make 14% more chunks.
+    It minimises (number of chunks) x (square root of the distance within one). Chunks are what attention pays
+    for, whether full or not, and distance is what column recall pays for: [8, 8] for a large image and [4, 4,
+    4] for a video that divides by 4, but [3, 5, 4] for a 21 x 45 x 80 one, where 4 x 4 x 4 would make 14%
+    more chunks.
     """
     best, best_cost = grid, float("inf")
     frames, height, width = grid
@@ -72,7 +64,7 @@ def patch_size(grid: Grid, chunk: int) -> Grid:
 
 
 def _patches(grid: Grid, patch: Grid) -> tuple[torch.Tensor, tuple[int, ...]]:
-    """Box after box in row-major order, and so inside each; boxes along an axis differ by one position at most."""
+    """Box after box in row-major order, and so inside each; sides along an axis differ by one at most."""
     box = torch.zeros(grid, dtype=torch.int64)
     for axis, (size, side) in enumerate(zip(grid, patch)):
         count = ceil(size / side)
@@ -84,7 +76,8 @@ def _patches(grid: Grid, patch: Grid) -> tuple[torch.Tensor, tuple[int, ...]]:
 
 
 def _hilbert(grid: Grid) -> torch.Tensor:
-    """Tokens along the Hilbert curve of the smallest enclosing cube (Skilling, "Programming the Hilbert curve", 2004).
+    """Tokens along the Hilbert curve of the smallest enclosing cube (Skilling, "Programming the Hilbert
+    curve", 2004).
 
     The curve's place of a position is worked out from its coordinates bit by bit, over all positions at once.
     """
@@ -117,9 +110,9 @@ def _hilbert(grid: Grid) -> torch.Tensor:
 def grids_from_ids(ids: torch.Tensor) -> tuple[Grid, ...] | None:
     """Reads the grids off position ids: [tokens, axes] or [batch, tokens, axes], the fastest axis last.
 
-    Returns one (frames, height, width) for each image or video in the sequence (an image editor's reference lies
-    behind the image), or None when the ids do not enumerate grids: all equal, a line of text, or another order.
-    Copies `ids` to the host, which waits for the device.
+    Returns one (frames, height, width) for each image or video in the sequence (an image editor's reference
+    lies behind the image), or None when the ids do not enumerate grids: all equal, a line of text, or another
+    order. Copies `ids` to the host, which waits for the device.
     """
     if ids.ndim == 3:
         if ids.shape[0] > 1 and not torch.equal(ids[:1].expand_as(ids), ids):

@@ -1,11 +1,12 @@
-"""The proof that a permutation may stand where it is put: each op by itself, nothing believed from the analysis.
+"""The proof that a permutation may stand where it is put: each op by itself, nothing believed from the
+analysis.
 
-The analysis names *occurrences*: places (value, dim, start) that hold the same run of tokens. The transformation
-permutes, by one permutation, every occurrence in every value of some region. An op may lie inside the region if its
-own links say so: every occurrence in its inputs and outputs lies whole within one span of a link, and at the same
-offset every other span of that link holds an occurrence too. Then, by what a link claims, permuting all of them in
-the inputs permutes all of them in the outputs, and no other place. By induction over the region the whole is right,
-however the occurrences were found.
+The analysis names *occurrences*: places (value, dim, start) that hold the same run of tokens. The
+transformation permutes, by one permutation, every occurrence in every value of some region. An op may lie
+inside the region if its own links say so: every occurrence in its inputs and outputs lies whole within one
+span of a link, and at the same offset every other span of that link holds an occurrence too. Then, by what a
+link claims, permuting all of them in the inputs permutes all of them in the outputs, and no other place. By
+induction over the region the whole is right, however the occurrences were found.
 """
 
 from __future__ import annotations
@@ -49,7 +50,8 @@ def _find(rope: Rope, pattern: Rope) -> tuple[int, ...]:
 
 
 def unproven(call: Call, held: Mapping[Value, Places], length: int) -> tuple[int, int, int] | None:
-    """None if the call may lie inside; else the (slot, dim, start) of an occurrence that its links do not carry.
+    """None if the call may lie inside; else the (slot, dim, start) of an occurrence that its links do not
+    carry.
 
     held: occurrences of `length` tokens by value.
     """
@@ -79,8 +81,10 @@ def _offsets(link: Link, places: Mapping[int, Places], length: int) -> list[int]
     return [s - first.start for d, s in places[first.slot] if d == first.dim and 0 <= s - first.start <= last]
 
 
-def walls(gm: fx.GraphModule, axes: TokenAxes, held: Mapping[Value, Places], length: int) -> dict[fx.Node, str]:
-    """Every op that touches an occurrence of `length` tokens and may not lie inside, and why, in graph order."""
+def walls(
+    gm: fx.GraphModule, axes: TokenAxes, held: Mapping[Value, Places], length: int
+) -> dict[fx.Node, str]:
+    """Every op that touches an occurrence and may not lie inside, with the reason, in graph order."""
     out: dict[fx.Node, str] = {}
     for node in gm.graph.nodes:
         if node.op != "call_function" or is_element(node) or not touches(node, held):

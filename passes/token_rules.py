@@ -12,14 +12,48 @@ from collections.abc import Iterator
 from . import token_rules_shape  # noqa: F401  (registers its rules)
 from .token_links import Link, Signature, Unreadable, alike, free, lettered, pointwise, rule, trailing
 
-# --- pointwise -----------------------------------------------------------------------------------------------------
+# --- pointwise ----------------------------------------------------------------------------------------------
 
 # Pointwise in meaning, though torch does not tag them so.
 rule(
-    *("_to_copy", "to.device", "to.dtype", "to.dtype_layout", "alias", "contiguous", "detach", "lift_fresh_copy"),
-    *("__and__.Scalar", "__and__.Tensor", "__or__.Scalar", "__or__.Tensor", "absolute", "negative", "hardswish"),
-    *("complex", "polar", "conj", "real", "imag", "resolve_conj", "resolve_neg", "log_sigmoid", "special_expit"),
-    *("divide.Scalar", "divide.Tensor", "floor_divide", "floor_divide.Scalar", "multiply.Scalar", "multiply.Tensor"),
+    *(
+        "_to_copy",
+        "to.device",
+        "to.dtype",
+        "to.dtype_layout",
+        "alias",
+        "contiguous",
+        "detach",
+        "lift_fresh_copy",
+    ),
+    *(
+        "__and__.Scalar",
+        "__and__.Tensor",
+        "__or__.Scalar",
+        "__or__.Tensor",
+        "absolute",
+        "negative",
+        "hardswish",
+    ),
+    *(
+        "complex",
+        "polar",
+        "conj",
+        "real",
+        "imag",
+        "resolve_conj",
+        "resolve_neg",
+        "log_sigmoid",
+        "special_expit",
+    ),
+    *(
+        "divide.Scalar",
+        "divide.Tensor",
+        "floor_divide",
+        "floor_divide.Scalar",
+        "multiply.Scalar",
+        "multiply.Tensor",
+    ),
     *("float_power.Scalar", "float_power.Tensor_Scalar", "float_power.Tensor_Tensor", "rsub.Tensor"),
     *("subtract.Scalar", "subtract.Tensor", "masked_fill.Tensor", "where.Scalar", "where.ScalarOther"),
     "where.ScalarSelf",
@@ -61,7 +95,7 @@ def counting(call: Signature) -> Iterator[Link]:
     return iter(())
 
 
-# --- products ------------------------------------------------------------------------------------------------------
+# --- products -----------------------------------------------------------------------------------------------
 
 # Features of a linear are rigid: they could move together with the weight's, but nobody asks them to.
 PATTERNS = {
@@ -152,7 +186,7 @@ def _at(values: list[int], k: int) -> int:
     return values[k] if len(values) > 1 else values[0]
 
 
-# --- reductions and norms ------------------------------------------------------------------------------------------
+# --- reductions and norms -----------------------------------------------------------------------------------
 
 
 @rule("sum", "mean", "amax", "amin", "std", "var", "prod", "logsumexp", "linalg_vector_norm", "any", "all")
@@ -201,7 +235,19 @@ def group_norm(call: Signature) -> Iterator[Link]:
         yield from alike((x, dim), (call.out, dim))
 
 
-@rule("cumsum", "cumprod", "logcumsumexp", "cummax", "cummin", "flip", "roll", "glu", "sort", "sort.stable", "topk")
+@rule(
+    "cumsum",
+    "cumprod",
+    "logcumsumexp",
+    "cummax",
+    "cummin",
+    "flip",
+    "roll",
+    "glu",
+    "sort",
+    "sort.stable",
+    "topk",
+)
 def along(call: Signature) -> Iterator[Link]:
     """The order matters along the named dims; the others move along."""
     x = call["self"]

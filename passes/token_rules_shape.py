@@ -6,15 +6,28 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
-from .token_links import MAX_COPIES, Link, Operand, Signature, Span, Unreadable
-from .token_links import alike, free, rule, together, trailing, whole
+from .token_links import (
+    MAX_COPIES,
+    Link,
+    Operand,
+    Signature,
+    Span,
+    Unreadable,
+    alike,
+    free,
+    rule,
+    together,
+    trailing,
+    whole,
+)
 
-# --- the same numbers in another shape -------------------------------------------------------------------------------
+# --- the same numbers in another shape ----------------------------------------------------------------------
 
 
 def shape_groups(a: Sequence[int], b: Sequence[int]) -> Iterator[tuple[list[int], list[int]]]:
-    """The finest pairs (dims of `a`, dims of `b`) of equal product, left to right, for two shapes of one row-major
-    order. Dims of size one are left out. [2, 60, 12] and [2, 6, 10, 3, 4]: ([0], [0]), ([1], [1, 2]), ([2], [3, 4]).
+    """The finest pairs (dims of `a`, dims of `b`) of equal product, left to right, for two shapes of one
+    row-major order. Dims of size one are left out. [2, 60, 12] and [2, 6, 10, 3, 4]: ([0], [0]), ([1], [1,
+    2]), ([2], [3, 4]).
     """
     left = [d for d, size in enumerate(a) if size != 1]
     right = [d for d, size in enumerate(b) if size != 1]
@@ -31,10 +44,12 @@ def shape_groups(a: Sequence[int], b: Sequence[int]) -> Iterator[tuple[list[int]
         yield mine, theirs
 
 
-@rule("view", "reshape", "_unsafe_view", "view_as", "reshape_as", "flatten.using_ints", "unflatten.int", "ravel")
+@rule(
+    "view", "reshape", "_unsafe_view", "view_as", "reshape_as", "flatten.using_ints", "unflatten.int", "ravel"
+)
 @rule("squeeze", "squeeze.dim", "squeeze.dims", "unsqueeze")
 def row_major(call: Signature) -> Iterator[Link]:
-    """Dims that both shapes have at the same place; weakly, an innermost dim and the copies of it in a longer one."""
+    """Dims that both shapes have at one place; weakly, an innermost dim and its copies in a longer one."""
     x, out = call["self"], call.out
     for other in call.inputs[1:]:
         yield from free(other)
@@ -90,7 +105,7 @@ def repeat_interleave(call: Signature) -> Iterator[Link]:
             yield from together(Span(out.slot, dim, k * run, run))
 
 
-# --- dims in another order -------------------------------------------------------------------------------------------
+# --- dims in another order ----------------------------------------------------------------------------------
 
 
 def _moved(call: Signature, order: Sequence[int]) -> Iterator[Link]:
@@ -126,7 +141,7 @@ def movedim(call: Signature) -> Iterator[Link]:
     return _moved(call, [source[place.index(d)] if d in place else next(rest) for d in range(x.ndim)])
 
 
-# --- joining and cutting ---------------------------------------------------------------------------------------------
+# --- joining and cutting ------------------------------------------------------------------------------------
 
 
 def _others(operands: Sequence[Operand], dim: int) -> Iterator[Link]:
@@ -154,7 +169,14 @@ def cat(call: Signature) -> Iterator[Link]:
     return _pieces(call.out, [x for x in call["tensors"] if x.shape != (0,)], call.out.at(call["dim"]))
 
 
-@rule("split.Tensor", "split.sizes", "split_with_sizes", "chunk", "tensor_split.sections", "tensor_split.indices")
+@rule(
+    "split.Tensor",
+    "split.sizes",
+    "split_with_sizes",
+    "chunk",
+    "tensor_split.sections",
+    "tensor_split.indices",
+)
 @rule("unsafe_split.Tensor", "unsafe_split_with_sizes", "unsafe_chunk")
 def split(call: Signature) -> Iterator[Link]:
     return _pieces(call["self"], call.outs, call["self"].at(call["dim"]))
@@ -221,7 +243,7 @@ def select(call: Signature) -> Iterator[Link]:
 
 @rule("slice_scatter")
 def slice_scatter(call: Signature) -> Iterator[Link]:
-    """`src` over a part of `self`: the part and what is around it move apart; what is overwritten is not read."""
+    """`src` over a part of `self`: it moves apart from what is around; the overwritten is not read."""
     x, src, out = call["self"], call["src"], call.out
     dim = x.at(call["dim"])
     yield from _others([x, src, out], dim)
@@ -252,7 +274,7 @@ def _around(x: Operand, out: Operand, dim: int, start: int, length: int) -> Iter
 
 @rule("pad", "constant_pad_nd")
 def pad(call: Signature) -> Iterator[Link]:
-    """Filling is the same everywhere, and cropping is not read. Other modes copy neighbours: those dims are rigid."""
+    """Filling is the same all along, cropping is not read. Other modes copy neighbours: rigid."""
     x, out = call["self"], call.out
     widths = call["pad"]
     constant = call.get("mode", "constant") == "constant"
@@ -271,7 +293,7 @@ def pad(call: Signature) -> Iterator[Link]:
 
 @rule("pad_sequence")
 def pad_sequence(call: Signature) -> Iterator[Link]:
-    """Sequences of lengths l0 <= l1 <= ...: up to l0 all move together, from there to l1 all but the first, ..."""
+    """Lengths l0 <= l1 <= ...: up to l0 all move together, from there to l1 all but the first, ..."""
     out, sequences = call.out, call["sequences"]
     if call.get("padding_side", "right") != "right":
         return
@@ -285,7 +307,7 @@ def pad_sequence(call: Signature) -> Iterator[Link]:
         yield from alike(*((x, d) for x in sequences), (out, d + 1))
 
 
-# --- selecting by tensors --------------------------------------------------------------------------------------------
+# --- selecting by tensors -----------------------------------------------------------------------------------
 
 
 @rule("index.Tensor")

@@ -14,7 +14,11 @@ def _tokenizer(length: int) -> transformers.PreTrainedTokenizerFast:
     model = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="[UNK]"))
     model.pre_tokenizer = pre_tokenizers.Whitespace()
     return transformers.PreTrainedTokenizerFast(
-        tokenizer_object=model, pad_token="[PAD]", eos_token="[EOS]", unk_token="[UNK]", model_max_length=length
+        tokenizer_object=model,
+        pad_token="[PAD]",
+        eos_token="[EOS]",
+        unk_token="[UNK]",
+        model_max_length=length,
     )
 
 

@@ -1,4 +1,4 @@
-"""Shared by the tests of the token permutation: canonical graphs with their real inputs, run in double precision."""
+"""Shared by the tests of the token permutation: canonical graphs, their inputs, double precision."""
 
 from __future__ import annotations
 
@@ -54,7 +54,9 @@ class InDouble(fx.Interpreter):
 
     def call_function(self, target, args, kwargs):
         if not isinstance(target, torch._ops.OpOverload):
-            return super().call_function(target, args, kwargs) if target is operator.getitem else None  # autocast
+            return (
+                super().call_function(target, args, kwargs) if target is operator.getitem else None
+            )  # autocast
         args, kwargs = tree_map(_wide_dtype, (args, kwargs))
         return _widened(target(*args, **kwargs))
 
@@ -96,7 +98,7 @@ class CheckingLinks(InDouble):
 
 
 def assert_links_hold(signature: Signature, links: tuple[Link, ...], inputs: list[torch.Tensor]) -> int:
-    """Permutes the input spans of each link and demands the outputs with their spans permuted; how many it checked."""
+    """Permutes the input spans of each link and demands permuted outputs; how many it checked."""
     if "empty" in str(signature.target):  # no values to compare
         return 0
     plain = evaluate(signature, inputs)
@@ -107,7 +109,9 @@ def assert_links_hold(signature: Signature, links: tuple[Link, ...], inputs: lis
         moved = [shuffled(x, k, link, order) for k, x in enumerate(inputs)]
         expected = [shuffled(x, ~k, link, order) for k, x in enumerate(plain)]
         for got, want in zip(evaluate(signature, moved), expected):
-            torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-9, equal_nan=True, msg=f"{signature} {link}")
+            torch.testing.assert_close(
+                got, want, rtol=1e-9, atol=1e-9, equal_nan=True, msg=f"{signature} {link}"
+            )
     return len(links)
 
 

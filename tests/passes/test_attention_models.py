@@ -8,18 +8,17 @@ import pytest
 import torch
 
 from chipmunk_compile.passes.attention_sites import find_attention
-from chipmunk_compile.passes.origin_rules import Origins
-from chipmunk_compile.passes.origins import constant_run, is_constant, size_of
 from chipmunk_compile.passes.raise_attention import raise_attention
 from chipmunk_compile.passes.reasons import Reason
 from chipmunk_compile.passes.sdpa import SDPA, read_sdpa
+from tests.raised_attention import check_constancy
 from tests.record import Recorded, record, tensors
 from tests.tiny_models import MODELS
 
 FEW, CROSS, LINEAR = Reason.TOO_FEW_TOKENS, Reason.CROSS_ATTENTION, Reason.NOT_SOFTMAX_ATTENTION
 # By the models' own structure: size, sites, then what is declined.
 EXPECTED = {
-    "flux": ({"layers": 1, "single": 2}, 3, {}),
+    "flux": ({"layers": 1, "single": 1}, 2, {}),
     "sd3": ({}, 3, {}),  # one of two blocks attends to the image alone as well
     "wan_i2v": ({}, 2, {CROSS: 4}),  # text and image context
     "wan_vace": ({"layers": 1}, 2, {CROSS: 2}),  # a control stream
@@ -46,19 +45,6 @@ def run(model: torch.nn.Module, **kwargs) -> list[Recorded]:
     for recorded in runs:
         check_constancy(recorded)
     return runs
-
-
-def check_constancy(recorded: Recorded) -> None:
-    """What the labels say does not change along an axis really does not, for every value of the run."""
-    origins = Origins()
-    for node, value in recorded.values.items():
-        if not isinstance(value, torch.Tensor) or not value.numel():
-            continue
-        for dim, label in enumerate(origins.of(node)):
-            length = size_of(label) if is_constant(label) else constant_run(label)
-            if length > 1:
-                groups = torch.nan_to_num(value.movedim(dim, 0)).unflatten(0, (-1, length))
-                assert torch.equal(groups, groups[:, :1].expand_as(groups)), (node, dim)
 
 
 def attention(runs: list[Recorded], min_tokens: int = 16):

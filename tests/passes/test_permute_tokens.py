@@ -5,7 +5,6 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from tests.token_graphs import attention_sites, difference, gathers_of, in_double, traced, without
 
 from chipmunk_compile.passes.permute_tokens import (
     index_inputs,
@@ -17,6 +16,7 @@ from chipmunk_compile.passes.permute_tokens import (
 from chipmunk_compile.passes.reasons import Reason
 from chipmunk_compile.passes.sites import Declined, MlpSite, Projection
 from chipmunk_compile.passes.token_axis import analyse_tokens
+from tests.token_graphs import attention_sites, difference, gathers_of, in_double, traced, without
 
 DIM, HEADS = 8, 2
 GRID, TOKENS, TEXT = (1, 3, 5), 15, 4
@@ -60,12 +60,16 @@ def where(plan) -> list[tuple[str, str]]:
     out = []
     for gather in plan.gathers:
         undo = plan.layouts[gather.steps[0][1]].moves[0][2]
-        op = gather.value.op if gather.value.op == "placeholder" else gather.value.target.__name__.split(".")[0]
+        op = (
+            gather.value.op
+            if gather.value.op == "placeholder"
+            else gather.value.target.__name__.split(".")[0]
+        )
         out.append((op, "out" if undo else "in"))
     return out
 
 
-# --- what is permuted ------------------------------------------------------------------------------------------------
+# --- what is permuted ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("batch", [1, 3])
@@ -85,7 +89,9 @@ def test_what_carries_positions_moves_with_the_tokens():
         return self_attention((h + table) * modulation, w, mask[:, None, None, :])
 
     mask = torch.rand(4, TOKENS) > 0.3
-    plan, _ = permuted(model, X(4, TOKENS, 2), X(4, TOKENS, 1), X(TOKENS, DIM), mask, X(DIM, 2), X(3 * DIM, DIM))
+    plan, _ = permuted(
+        model, X(4, TOKENS, 2), X(4, TOKENS, 1), X(TOKENS, DIM), mask, X(DIM, 2), X(3 * DIM, DIM)
+    )
     assert where(plan).count(("placeholder", "in")) == 4 and len(plan.gathers) == 5
 
 
@@ -108,7 +114,9 @@ def test_joint_sequences_in_either_order(image_first):
     def model(x, text, w1, w2):
         joint = torch.cat([x, text] if image_first else [text, x], 1)
         joint = self_attention(joint, w1)
-        image, text = (joint[:, :TOKENS], joint[:, TOKENS:]) if image_first else (joint[:, TEXT:], joint[:, :TEXT])
+        image, text = (
+            (joint[:, :TOKENS], joint[:, TOKENS:]) if image_first else (joint[:, TEXT:], joint[:, :TEXT])
+        )
         joint = self_attention(torch.cat([text, image], 1), w2)  # and then in the other order
         return joint[:, TEXT:]
 
@@ -148,7 +156,10 @@ def test_patches_in_and_out_name_the_grid():
     inputs = X(2, 3, 6, 10), X(DIM, 3, 2, 2), X(DIM), X(3 * DIM, DIM), X(4, DIM)
     plan, _ = permuted(model, *inputs, grid=None)
     assert plan.runs[0].grids == ((1, 3, 5),) and len(plan.gathers) == 2
-    assert {wall.node.target for wall in plan.walls} == {torch.ops.aten.flatten.using_ints, torch.ops.aten.view.default}
+    assert {wall.node.target for wall in plan.walls} == {
+        torch.ops.aten.flatten.using_ints,
+        torch.ops.aten.view.default,
+    }
 
 
 def test_a_video_folded_twice_has_one_grid():
@@ -196,7 +207,7 @@ def test_attention_spelled_out_with_a_full_mask():
     assert [dim for dim, _ in bias.steps] == [0, 1]
 
 
-# --- walls -----------------------------------------------------------------------------------------------------------
+# --- walls --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -205,7 +216,9 @@ def test_attention_spelled_out_with_a_full_mask():
         lambda x: x.cumsum(1),
         lambda x: x.flip(1),
         lambda x: F.pad(x[:, 1:] + x[:, :-1], (0, 0, 0, 1)),
-        lambda x: F.conv1d(x.transpose(1, 2), torch.ones(DIM, 1, 3, dtype=torch.float64), padding=1, groups=DIM).transpose(1, 2),
+        lambda x: F.conv1d(
+            x.transpose(1, 2), torch.ones(DIM, 1, 3, dtype=torch.float64), padding=1, groups=DIM
+        ).transpose(1, 2),
         lambda x: x.unflatten(1, (3, 5)).mean(1, keepdim=True).expand(-1, 3, -1, -1).flatten(1, 2),
     ],
     ids=["cumsum", "flip", "shift", "conv", "window"],
@@ -241,7 +254,9 @@ def test_walls_that_cost_more_than_order_is_worth():
 
 
 def test_causal_attention_is_a_wall_itself():
-    _, sites, plan = plan_of(lambda x, w: self_attention(x, w, causal=True), X(2, TOKENS, DIM), X(3 * DIM, DIM))
+    _, sites, plan = plan_of(
+        lambda x, w: self_attention(x, w, causal=True), X(2, TOKENS, DIM), X(3 * DIM, DIM)
+    )
     assert plan.reason is Reason.WALLED_IN
 
 
@@ -253,7 +268,9 @@ def test_an_mlp_is_never_cut_in_two():
         nodes = list(gm.graph.nodes)
         first, last = [node for node in nodes if node.target is torch.ops.aten.linear.default][-2:]
         weights = Projection(first.args[1], None), Projection(last.args[1], None)
-        return [MlpSite(last, "mlp", first.args[0], weights[:1], weights[1], "relu(h0)", 2, TOKENS, DIM, 1, DIM)]
+        return [
+            MlpSite(last, "mlp", first.args[0], weights[:1], weights[1], "relu(h0)", 2, TOKENS, DIM, 1, DIM)
+        ]
 
     inputs = X(2, TOKENS, DIM), X(3 * DIM, DIM), X(1, DIM), X(DIM, 1)
     plan, _ = permuted(model, *inputs)
@@ -262,7 +279,7 @@ def test_an_mlp_is_never_cut_in_two():
     assert where(plan)[-1] == ("linear", "out") and len(plan.sites) == 2
 
 
-# --- grids -----------------------------------------------------------------------------------------------------------
+# --- grids --------------------------------------------------------------------------------------------------
 
 
 def test_declines_without_attention_or_grid():
@@ -294,7 +311,7 @@ def test_ids_are_the_inputs_that_become_angles():
     assert run.grids == () and run.ids.name == "ids_1" and run.ids_start == 0 and run.length == TOKENS
 
 
-# --- chunks ----------------------------------------------------------------------------------------------------------
+# --- chunks -------------------------------------------------------------------------------------------------
 
 
 def test_chunks_restart_at_segments_and_follow_the_order():

@@ -10,68 +10,22 @@ import torch.nn.functional as F
 from torch import nn
 
 from chipmunk_compile.passes.raise_attention import raise_attention
-from chipmunk_compile.passes.sdpa import SDPA, read_sdpa
-from tests.record import record, tensors
-
-BATCH, HEADS, Q_LEN, KV_LEN, DIM = 3, 4, 17, 13, 8
-SCALE = DIM**-0.5
-
-
-class Call(nn.Module):
-    def __init__(self, function):
-        super().__init__()
-        self.function = function
-
-    def forward(self, *args):
-        return self.function(*args)
-
-
-def randn(*shape, dtype=torch.float64):
-    return torch.randn(shape, dtype=dtype)
-
-
-def qkv(dtype=torch.float64, batch=BATCH):
-    return [randn(batch, HEADS, n, DIM, dtype=dtype) for n in (Q_LEN, KV_LEN, KV_LEN)]
-
-
-def keep(*shape):
-    """A random boolean mask in which no row is empty."""
-    mask = torch.rand(shape) > 0.3
-    mask[..., 0] = True
-    return mask
-
-
-def raised(function, *args, count=1, tolerance=1e-12):
-    """Runs `function` through raise_attention; checks its output and the number of attention nodes; returns them."""
-    model = function if isinstance(function, nn.Module) else Call(function)
-    with torch.no_grad():
-        expected = tensors(model(*args))
-    out, runs = record(model, *args, passes=(raise_attention,))
-    assert len(runs) == 1
-    nodes = [n for n in runs[0].gm.graph.nodes if n.target is SDPA]
-    assert len(nodes) == count
-    for a, b in zip(out, expected, strict=True):
-        assert a.dtype == b.dtype and a.shape == b.shape
-        torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
-    for node in runs[0].gm.graph.nodes:
-        value = runs[0].values.get(node)
-        if isinstance(value, torch.Tensor):
-            assert (value.shape, value.dtype) == (node.meta["val"].shape, node.meta["val"].dtype), node
-    if count == 1:
-        assert "softmax" not in runs[0].after and "matmul" not in runs[0].after and "bmm" not in runs[0].after
-    return [read_sdpa(n) for n in nodes]
-
-
-def untouched(function, *args):
-    """As `raised`, but nothing may change at all."""
-    model = function if isinstance(function, nn.Module) else Call(function)
-    _, (run,) = record(model, *args, passes=(raise_attention,))
-    assert run.after == run.before
-
-
-def shape(node):
-    return tuple(node.meta["val"].shape)
-
+from tests.raised_attention import (
+    BATCH,
+    DIM,
+    HEADS,
+    KV_LEN,
+    Q_LEN,
+    SCALE,
+    Call,
+    keep,
+    qkv,
+    raised,
+    randn,
+    shape,
+    untouched,
+)
+from tests.record import record
 
 # --- the product of queries and keys ----------------------------------------------------------------------------
 
@@ -330,7 +284,9 @@ def test_widened_softmax(name):
 
 
 def test_wide_result_stays_wide():
-    (attention,) = raised(lambda q, k, v: scores(q.float(), k.float()).softmax(-1) @ v.float(), *qkv(torch.bfloat16), tolerance=1e-5)
+    (attention,) = raised(
+        lambda q, k, v: scores(q.float(), k.float()).softmax(-1) @ v.float(), *qkv(torch.bfloat16), tolerance=1e-5
+    )
     assert attention.query.meta["val"].dtype == torch.float32
 
 
@@ -342,7 +298,10 @@ def test_wide_queries_are_not_narrowed():
 def test_wide_mask_of_narrow_queries():
     mask = torch.where(keep(BATCH, 1, 1, KV_LEN), 0.0, torch.finfo(torch.float32).min)
     (attention,) = raised(
-        lambda q, k, v, m: (scores(q, k).float() + m).softmax(-1).to(v.dtype) @ v, *qkv(torch.bfloat16), mask, tolerance=4e-2
+        lambda q, k, v, m: (scores(q, k).float() + m).softmax(-1).to(v.dtype) @ v,
+        *qkv(torch.bfloat16),
+        mask,
+        tolerance=4e-2,
     )
     assert attention.mask.meta["val"].dtype == torch.bfloat16
 
@@ -353,124 +312,6 @@ def test_autocast_inside_the_graph_stays():
             return scores(q, k).softmax(-1) @ v
 
     untouched(attend, *qkv(torch.float32))
-
-
-# --- attention that is one node already ---------------------------------------------------------------------------
-
-
-def sdpa(q, k, v, mask=None, **kwargs):
-    return F.scaled_dot_product_attention(q, k, v, mask, **kwargs)
-
-
-def repeat_interleave(x):
-    return x.repeat_interleave(2, dim=1)
-
-
-def expand(x):
-    return x[:, :, None].expand(-1, -1, 2, -1, -1).reshape(BATCH, HEADS, KV_LEN, DIM)
-
-
-def repeat_before_transpose(x):
-    return x.transpose(1, 2).unsqueeze(3).repeat(1, 1, 1, 2, 1).flatten(2, 3).transpose(1, 2)
-
-
-@pytest.mark.parametrize("spell", [repeat_interleave, expand, repeat_before_transpose])
-def test_grouped_heads(spell):
-    q, k, v = qkv()
-    k, v = k[:, :2].contiguous(), v[:, :2].contiguous()
-    (attention,) = raised(lambda q, k, v: sdpa(q, spell(k) * 2.0, spell(v)), q, k, v)
-    assert attention.enable_gqa and shape(attention.key)[1] == shape(attention.value)[1] == 2
-    (attention,) = raised(lambda q, k, v: scores(q, spell(k)).softmax(-1) @ spell(v), q, k, v)
-    assert attention.enable_gqa and shape(attention.key)[1] == 2
-
-
-def test_one_head_for_all():
-    q, k, v = qkv()
-    (attention,) = raised(lambda q, k, v: (q @ k.mT).softmax(-1) @ v, q, k[:, :1].contiguous(), v[:, :1].contiguous())
-    assert attention.enable_gqa and shape(attention.key)[1] == 1
-
-
-def test_heads_in_another_order_are_not_grouped():
-    q, k, v = qkv()
-    k, v = k[:, :2].contiguous(), v[:, :2].contiguous()
-    for spell in (lambda x: torch.cat([x, x], 1), lambda x: x.repeat(1, 2, 1, 1)):
-        (attention,) = raised(lambda q, k, v: sdpa(q, spell(k), spell(v)), q, k, v)
-        assert not attention.enable_gqa and shape(attention.key)[1] == HEADS
-    # Repeated keys with a factor of their own for each head are not repeated keys.
-    (attention,) = raised(
-        lambda q, k, v, w: sdpa(q, repeat_interleave(k) * w, repeat_interleave(v)), q, k, v, randn(HEADS, 1, 1)
-    )
-    assert not attention.enable_gqa
-    (attention,) = raised(lambda q, k, v: sdpa(q, repeat_interleave(k), v), q, k, qkv()[2])
-    assert not attention.enable_gqa
-
-
-ROWS = {
-    "expand": lambda m: m[:, None, None, :].expand(-1, HEADS, Q_LEN, -1),
-    "repeat": lambda m: m.view(BATCH, 1, 1, KV_LEN).repeat(1, 1, Q_LEN, 1),
-    "repeated for bmm": lambda m: m[:, None].repeat_interleave(HEADS, dim=0).view(BATCH, HEADS, 1, KV_LEN),
-    "outer with ones": lambda m: m[:, None, None, :] & torch.ones(BATCH, 1, Q_LEN, 1, dtype=torch.bool),
-    "added": lambda m: ((~m).double() * -1e9)[:, None, None, :] + torch.zeros(Q_LEN, KV_LEN, dtype=torch.float64),
-}
-
-
-@pytest.mark.parametrize("name", ROWS)
-def test_mask_that_is_one_row(name):
-    (attention,) = raised(lambda q, k, v, m: sdpa(q, k, v, ROWS[name](m)), *qkv(), keep(BATCH, KV_LEN))
-    assert shape(attention.mask) == (BATCH, 1, 1, KV_LEN)
-
-
-def test_mask_that_is_no_row_keeps_its_size():
-    for size in ((BATCH, 1, Q_LEN, KV_LEN), (BATCH, HEADS, 1, KV_LEN), (Q_LEN, KV_LEN)):
-        (attention,) = raised(sdpa, *qkv(), keep(*size))
-        assert shape(attention.mask) == (1,) * (4 - len(size)) + size
-
-
-MASKS_OF_NOTHING = {
-    "ones": lambda: torch.ones(Q_LEN, KV_LEN, dtype=torch.bool),
-    "ones, expanded": lambda: torch.ones(BATCH, KV_LEN)[:, None, None, :].bool().expand(-1, -1, Q_LEN, -1),
-    "zeros": lambda: torch.zeros(BATCH, 1, 1, KV_LEN, dtype=torch.float64),
-    "one minus ones": lambda: (1 - torch.ones(Q_LEN, KV_LEN, dtype=torch.float64)) * -1e4,
-}
-
-
-@pytest.mark.parametrize("name", MASKS_OF_NOTHING)
-def test_mask_of_nothing_goes(name):
-    (attention,) = raised(lambda q, k, v: sdpa(q, k, v, MASKS_OF_NOTHING[name]()), *qkv())
-    assert attention.mask is None
-
-
-def test_mask_of_something_stays():
-    (attention,) = raised(lambda q, k, v: sdpa(q, k, v, torch.ones(Q_LEN, KV_LEN, dtype=torch.bool).tril()), *qkv())
-    assert shape(attention.mask) == (1, 1, Q_LEN, KV_LEN)
-    (attention,) = raised(lambda q, k, v: sdpa(q, k, v, torch.full((1, KV_LEN), 2.0, dtype=q.dtype)), *qkv())
-    assert attention.mask is not None
-
-
-def test_padding_on_both_sides():
-    """Key mask and query mask multiplied: the key mask stays, idle queries give 0 as they did."""
-    mask = keep(BATCH, Q_LEN)
-    q, _, _ = qkv()
-    (attention,) = raised(lambda q, m: sdpa(q, q, q, m[:, None, None, :] * m[:, None, :, None]), q, mask)
-    assert shape(attention.mask) == (BATCH, 1, 1, Q_LEN)
-    (attention,) = raised(lambda q, m: sdpa(q, q, q, m[:, None, None, :] | m[:, None, :, None]), q, mask)
-    assert shape(attention.mask) == (BATCH, 1, Q_LEN, Q_LEN)
-
-
-@pytest.mark.parametrize("select", [lambda x: x[0, 0], lambda x: x[:, 0], lambda x: x[:, None]])
-def test_other_ranks_become_four(select):
-    (attention,) = raised(sdpa, *map(select, qkv()), select(keep(BATCH, 1, Q_LEN, KV_LEN)))
-    assert len(shape(attention.query)) == len(shape(attention.mask)) == 4
-
-
-def test_arguments_are_kept():
-    q, _, _ = qkv()
-    (attention,) = raised(lambda q: sdpa(q, q, q, is_causal=True, scale=0.3), q)
-    assert attention.is_causal and attention.scale == 0.3
-    q, k, v = qkv()
-    k, v = k[:, :2].contiguous(), v[:, :2].contiguous()
-    (attention,) = raised(lambda q, k, v: sdpa(q, k, v, enable_gqa=True), q, k, v)
-    assert attention.enable_gqa and shape(attention.key)[1] == 2
 
 
 # --- torch's own modules ----------------------------------------------------------------------------------------
@@ -497,3 +338,16 @@ def test_encoder_layer(norm_first, activation):
     assert shape(attention.mask) == (2, 1, 1, Q_LEN)
     (attention,) = raised(lambda x, m: layer(x, src_mask=m), x, ~keep(Q_LEN, Q_LEN))
     assert shape(attention.mask)[2:] == (Q_LEN, Q_LEN)
+
+
+def test_raising_twice_changes_nothing_more():
+    q, k, v = qkv()
+    args = (q, k[:, :2].contiguous(), v[:, :2].contiguous(), keep(BATCH, KV_LEN))
+
+    def attend(q, k, v, m):
+        k, v = (x.repeat_interleave(2, dim=1) for x in (k, v))
+        return scores(q, k).masked_fill(~m[:, None, None, :], -math.inf).softmax(-1) @ v
+
+    _, (once,) = record(Call(attend), *args, passes=(raise_attention,))
+    _, (twice,) = record(Call(attend), *args, passes=(raise_attention, raise_attention))
+    assert once.after == twice.after and once.after["scaled_dot_product_attention"] == 1

@@ -2,9 +2,9 @@
 
 import torch
 import torch.nn.functional as F
-from tests.token_graphs import traced
 
-from chipmunk_compile.passes.token_axis import Cell, analyse_tokens, cut_out, find, leaves, unify
+from chipmunk_compile.passes.token_axis import Cell, analyse_tokens, cut_out, find, leaves, merge
+from tests.token_graphs import traced
 
 
 def X(*shape):
@@ -23,26 +23,26 @@ def lengths(cells):
 
 def test_cells_split_where_ropes_meet():
     a, b, c = Cell(10), Cell(4), Cell(6)
-    unify([a], [b, c])
+    merge([a], [b, c])
     assert lengths([a]) == [4, 6] and leaves([a]) == leaves([b, c])
     d = Cell(10)
     cut_out([d], 2, 5)
-    unify([d], [a])
+    merge([d], [a])
     assert lengths([a]) == lengths([d]) == [2, 2, 3, 3] and lengths([b]) == [2, 2]
     assert all(find(x) is find(y) for x, y in zip(leaves([a]), leaves([d])))
 
 
 def test_a_run_is_not_merged_with_its_neighbours():
-    x = [Cell(100)]
-    unify(cut_out(x, 0, 99), cut_out(x, 1, 99))
-    assert lengths(x) == [1, 98, 1] and len(set(leaves(x))) == 3
+    axes, nodes = axes_of(lambda x: (x[1:] + x[:-1], x * 2), X(100, 4))
+    (first, middle, last), fresh = axes.rope(nodes["mul"], 0), axes.rope(nodes["add"], 0)
+    assert (first.length, middle.length, last.length) == (1, 98, 1) and len({first, middle, last}) == 3
+    assert [piece.length for piece in fresh] == [99] and fresh[0] not in (first, middle, last)
 
 
 def test_halves_of_an_axis_can_be_the_same_tokens():
-    x = [Cell(10)]
-    unify(cut_out(x, 0, 5), cut_out(x, 5, 5))
-    first, second = leaves(x)
-    assert first is second
+    axes, nodes = axes_of(lambda x: x[:5] + x[5:], X(10, 4))
+    first, second = axes.rope(nodes["x_1"], 0)
+    assert first == second and axes.rope(nodes["add"], 0) == (first,)
 
 
 def test_segments_of_a_joint_sequence():

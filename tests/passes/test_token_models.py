@@ -4,11 +4,20 @@ import math
 
 import pytest
 import torch
-from tests.tiny_models import MODELS
-from tests.token_graphs import CheckingLinks, attention_sites, captured, difference, gathers_of, in_double, without
 
 from chipmunk_compile.passes.permute_tokens import index_inputs, permute_tokens, plan_permutation
+from chipmunk_compile.passes.reasons import Reason
 from chipmunk_compile.passes.sites import Declined
+from tests.tiny_models import MODELS
+from tests.token_graphs import (
+    CheckingLinks,
+    attention_sites,
+    captured,
+    difference,
+    gathers_of,
+    in_double,
+    without,
+)
 
 GRIDS = {
     "flux": (),  # ids say it at run time
@@ -33,30 +42,48 @@ GRIDS = {
     "latte": ((1, 8, 8),),
     "allegro": ((3, 4, 6),),
 }
-
-SEEN: set = set()  # signatures whose links were checked, over all models
+# Other batches, odd grids, padding, several layers.
+VARIANTS = [
+    ("flux", dict(batch=3, height=5, width=13, layers=2, single=2), ()),
+    ("sd3", dict(batch=1, layers=2), ((1, 6, 10),)),
+    ("pixart", dict(batch=1, layers=2), ((1, 8, 8),)),
+    ("wan", dict(batch=3, layers=2), ((3, 4, 6),)),
+    ("hunyuan_video", dict(batch=3, frames=1, height=8, width=9), ((1, 8, 9),)),
+    ("cogvideox", dict(batch=1), ((3, 4, 6),)),
+    ("cogvideox", dict(batch=3, frames=2, height=5, width=7), ((2, 5, 7),)),
+    ("ltx", dict(batch=1, frames=1, height=8, width=9), ((1, 8, 9),)),
+    ("lumina2", dict(batch=1), ((1, 6, 10),)),
+    ("z_image", dict(batch=1, height=7, width=9, text=20), ((1, 7, 9),)),  # padded to 64 image tokens, 32 of text
+    ("z_image", dict(batch=2, height=7, width=9, text=20), ((1, 7, 9),)),
+    ("kandinsky5", dict(frames=1, height=8, width=9), ((1, 8, 9),)),
+    ("cosmos", dict(batch=2), ((3, 4, 6),)),
+    ("latte", dict(batch=2), ((1, 8, 8),)),  # temporal attention mixes the batch with the tokens
+    ("allegro", dict(batch=2), ((3, 4, 6),)),
+]
 
 # Gathers that the proof asks for though the numbers do not: a key mask that is true for every image token.
 VACUOUS = {"hunyuan_video": 1}
-
-
-def planned(name, **sizes):
-    """(graph, inputs, plan) of the graph that holds the attention."""
-    model, kwargs = MODELS[name](layers=1, **sizes)
-    for gm, inputs in captured(model, kwargs):
-        sites = attention_sites(gm)
-        if any(site.q_len >= 60 for site in sites):
-            return gm, inputs, sites, plan_permutation(gm, sites, share=math.inf)
-    raise AssertionError("no attention over the image")
+SEEN: set = set()  # signatures whose links were checked, over all models
 
 
 @pytest.mark.parametrize("name", GRIDS)
 def test_permuted_equals_plain_and_every_gather_is_needed(name):
-    gm, inputs, sites, plan = planned(name)
+    check(name, dict(layers=1), GRIDS[name])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name, sizes, grids", VARIANTS)
+def test_other_batches_and_grids(name, sizes, grids):
+    check(name, sizes, grids)
+
+
+def check(name, sizes, grids):
+    gm, inputs, sites = image_graph(name, sizes)
+    plan = plan_permutation(gm, sites, share=math.inf)
     assert not isinstance(plan, Declined), plan
-    assert [run.grids for run in plan.runs] == [GRIDS[name]]
-    image = [site for site in sites if site.q_len >= 60]
-    assert plan.sites.issuperset(site.node for site in image)
+    assert [run.grids for run in plan.runs] == [grids]
+    image = {site.node for site in sites if site.q_len >= 60}
+    assert plan.sites == image
 
     plain = in_double(gm, *inputs)
     CheckingLinks(gm, SEEN).run(*inputs)
@@ -70,3 +97,19 @@ def test_permuted_equals_plain_and_every_gather_is_needed(name):
     assert difference(in_double(gm, *inputs, *indices), plain) < 5e-15
     vacuous = [g for g in gathers if difference(in_double(without(gm, g), *inputs, *indices), plain) < 1e-6]
     assert len(vacuous) == VACUOUS.get(name, 0), vacuous
+
+
+def image_graph(name, sizes):
+    """(graph, inputs, attention sites) of the one graph that holds attention over the image."""
+    for gm, inputs in captured(*MODELS[name](**sizes)):
+        sites = attention_sites(gm)
+        if any(site.q_len >= 60 for site in sites):
+            return gm, inputs, sites
+    raise AssertionError("no attention over the image")
+
+
+@pytest.mark.parametrize("name", ["sana", "mochi"])
+def test_models_without_self_attention_in_a_graph_are_left_alone(name):
+    """Sana's self-attention is linear; Mochi selects text tokens by value, and so breaks the graph at its attention."""
+    for gm, _ in captured(*MODELS[name](layers=1)):
+        assert plan_permutation(gm, attention_sites(gm), share=math.inf).reason is Reason.NO_SITES

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from chipmunk_compile.passes.token_order import chunk_lengths, grids_from_ids, patch_size, rechunked, token_order
+from chipmunk_compile.passes.token_order import chunk_lengths, grids_from_ids, patch_size, token_order
 
 SIZES = st.integers(1, 13)
 
@@ -55,22 +55,22 @@ def test_the_hilbert_curve_steps_to_a_neighbour(grid):
 
 
 def test_chunks_of_a_line():
-    assert chunk_lengths(130, 64) == (64, 64, 2) and chunk_lengths(128, 64) == (64, 64) and chunk_lengths(5, 64) == (5,)
+    assert (
+        chunk_lengths(130, 64) == (64, 64, 2)
+        and chunk_lengths(128, 64) == (64, 64)
+        and chunk_lengths(5, 64) == (5,)
+    )
 
 
-def test_another_chunk_size_keeps_boxes_whole_where_it_can():
-    assert rechunked((64, 56, 64, 56), 128) == (120, 120)
-    assert rechunked((64, 64, 64), 64) == (64, 64, 64)
-    assert rechunked((60, 60), 32) == (32, 28, 32, 28)
-
-
-@pytest.mark.parametrize("bad", [((0, 1, 1), 64, "patch"), ((1, 2, 2), 0, "patch"), ((1, 2, 2), 4, "spiral"), ((2, 2), 4, "patch")])
+@pytest.mark.parametrize(
+    "bad", [((0, 1, 1), 64, "patch"), ((1, 2, 2), 0, "patch"), ((1, 2, 2), 4, "spiral"), ((2, 2), 4, "patch")]
+)
 def test_impossible_orders_are_refused(bad):
     with pytest.raises(ValueError):
         token_order(*bad)
 
 
-# --- ids -------------------------------------------------------------------------------------------------------------
+# --- ids ----------------------------------------------------------------------------------------------------
 
 
 def ids_of(grid, axes=3, first=0):

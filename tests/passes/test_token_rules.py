@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from tests.token_graphs import assert_links_hold
 from torch import fx
 
 from chipmunk_compile.passes import token_rules  # noqa: F401  (registers the rules)
 from chipmunk_compile.passes.token_links import RULES, Call, Link, Span, call_of
+from tests.token_graphs import assert_links_hold
 
 aten = torch.ops.aten
 
@@ -16,7 +16,7 @@ def X(*shape):
     return torch.randn(shape, dtype=torch.float64)
 
 
-def I(high, *shape):
+def Int(high, *shape):
     return torch.randint(high, shape)
 
 
@@ -48,14 +48,20 @@ def call(overload: str, *args, **kwargs) -> tuple[Call | None, list[torch.Tensor
 # One call or more of every overload in the table: (overload, arguments, keyword arguments).
 SAMPLES = [
     # pointwise by name
-    *((name, (X(2, 5, 3),), {}) for name in ("alias", "detach", "contiguous", "absolute", "negative", "hardswish")),
-    *((name, (X(2, 5, 3),), {}) for name in ("lift_fresh_copy", "log_sigmoid", "special_expit", "conj", "resolve_neg")),
+    *(
+        (name, (X(2, 5, 3),), {})
+        for name in ("alias", "detach", "contiguous", "absolute", "negative", "hardswish")
+    ),
+    *(
+        (name, (X(2, 5, 3),), {})
+        for name in ("lift_fresh_copy", "log_sigmoid", "special_expit", "conj", "resolve_neg")
+    ),
     ("_to_copy", (X(2, 5, 3),), {"dtype": torch.float32}),
     ("to.dtype", (X(2, 5), torch.float32), {}),
     ("to.device", (X(2, 5), "cpu", torch.float32), {}),
     ("to.dtype_layout", (X(2, 5),), {"dtype": torch.float32}),
     *((f"{name}.Tensor", (B(2, 5), B(5)), {}) for name in ("__and__", "__or__")),
-    *((f"{name}.Scalar", (I(9, 2, 5), 3), {}) for name in ("__and__", "__or__", "floor_divide")),
+    *((f"{name}.Scalar", (Int(9, 2, 5), 3), {}) for name in ("__and__", "__or__", "floor_divide")),
     *((f"{name}.Scalar", (X(2, 5), 3.0), {}) for name in ("divide", "multiply", "subtract")),
     *((f"{name}.Tensor", (X(2, 5, 3), X(5, 1)), {}) for name in ("divide", "multiply", "subtract", "rsub")),
     ("floor_divide", (X(2, 5, 3), X(5, 1)), {}),
@@ -127,12 +133,18 @@ SAMPLES = [
     ("convolution", (X(2, 3, 6), X(4, 3, 1), None, [1], [0], [1], False, [0], 1), {}),
     ("convolution", (X(2, 3, 6), X(3, 4, 1), None, [1], [0], [1], True, [0], 1), {}),
     # reductions and norms
-    *((name, (X(4, 5, 3),), {}) for name in ("sum", "mean", "amax", "amin", "std", "var", "prod", "max", "min")),
+    *(
+        (name, (X(4, 5, 3),), {})
+        for name in ("sum", "mean", "amax", "amin", "std", "var", "prod", "max", "min")
+    ),
     *((name, (B(4, 5, 3),), {}) for name in ("any", "all")),
     ("logsumexp", (X(4, 5, 3), [1]), {}),
     ("linalg_vector_norm", (X(4, 5, 3), 2, [1], True), {}),
     ("linalg_vector_norm", (X(4, 5, 3),), {}),
-    *((name, (X(4, 5, 3), [-2]), {}) for name in ("sum.dim_IntList", "mean.dim", "std.dim", "var.dim", "amax")),
+    *(
+        (name, (X(4, 5, 3), [-2]), {})
+        for name in ("sum.dim_IntList", "mean.dim", "std.dim", "var.dim", "amax")
+    ),
     *((name, (X(4, 5, 3), [0, 2], True), {}) for name in ("sum.dim_IntList", "mean.dim", "amin")),
     ("sum.dim_IntList", (X(4, 5), None), {}),
     *((name, (X(4, 5, 3), [1]), {"correction": 0}) for name in ("std.correction", "var.correction")),
@@ -174,7 +186,10 @@ SAMPLES = [
     ("upsample_nearest2d.vec", (X(5, 3, 6, 4), [12, 8], None), {}),
     ("upsample_nearest3d.vec", (X(5, 3, 2, 6, 4), [4, 12, 8], None), {}),
     *((f"upsample_{kind}2d", (X(5, 3, 6, 4), [12, 8], False), {}) for kind in ("bilinear", "bicubic")),
-    *((f"upsample_{kind}2d.vec", (X(5, 3, 6, 4), [12, 8], False, None), {}) for kind in ("bilinear", "bicubic")),
+    *(
+        (f"upsample_{kind}2d.vec", (X(5, 3, 6, 4), [12, 8], False, None), {})
+        for kind in ("bilinear", "bicubic")
+    ),
     ("pixel_shuffle", (X(5, 2, 8, 3, 3), 2), {}),
     ("pixel_unshuffle", (X(5, 2, 4, 4), 2), {}),
     # shapes
@@ -238,15 +253,15 @@ SAMPLES = [
     ("tril", (X(3, 5, 4),), {}),
     ("triu", (X(3, 5, 4),), {}),
     # selection
-    ("embedding", (X(9, 4), I(9, 2, 5)), {}),
-    ("index.Tensor", (X(9, 5, 3), [I(9, 4)]), {}),
-    ("index.Tensor", (X(2, 9, 3), [None, I(9, 6)]), {}),
-    ("index.Tensor", (X(2, 9, 8, 3), [None, I(9, 6, 1), I(8, 5)]), {}),
-    ("index.Tensor", (X(9, 4, 8, 3), [I(9, 6), None, I(8, 6)]), {}),
+    ("embedding", (X(9, 4), Int(9, 2, 5)), {}),
+    ("index.Tensor", (X(9, 5, 3), [Int(9, 4)]), {}),
+    ("index.Tensor", (X(2, 9, 3), [None, Int(9, 6)]), {}),
+    ("index.Tensor", (X(2, 9, 8, 3), [None, Int(9, 6, 1), Int(8, 5)]), {}),
+    ("index.Tensor", (X(9, 4, 8, 3), [Int(9, 6), None, Int(8, 6)]), {}),
     ("index.Tensor", (X(4, 3), [torch.tensor([True, False, True, True])]), {}),
-    ("index_select", (X(2, 9, 3), 1, I(9, 5)), {}),
-    ("gather", (X(2, 9, 3), 1, I(9, 2, 5, 3)), {}),
-    ("gather", (X(4, 9, 3), 1, I(9, 1, 5, 2)), {}),
+    ("index_select", (X(2, 9, 3), 1, Int(9, 5)), {}),
+    ("gather", (X(2, 9, 3), 1, Int(9, 2, 5, 3)), {}),
+    ("gather", (X(4, 9, 3), 1, Int(9, 1, 5, 2)), {}),
     ("meshgrid", ([X(4), X(5)],), {}),
     ("meshgrid.indexing", ([X(4), X(5), X(3)],), {"indexing": "xy"}),
     ("meshgrid.indexing", ([X(4), X(5), X(3)],), {"indexing": "ij"}),
@@ -276,7 +291,9 @@ def _positions(span: Span) -> range:
 
 
 def test_no_rule_without_a_sample():
-    sampled = {getattr(getattr(aten, o.partition(".")[0]), o.partition(".")[2] or "default") for o, _, _ in SAMPLES}
+    sampled = {
+        getattr(getattr(aten, o.partition(".")[0]), o.partition(".")[2] or "default") for o, _, _ in SAMPLES
+    }
     assert not set(RULES) - sampled
 
 
@@ -288,7 +305,7 @@ def test_a_false_claim_is_noticed():
 
 
 def spelled(overload: str, *args, **kwargs) -> set[str]:
-    """Links as text: `0.1[3:7]` is positions 3 to 7 of dim 1 of input 0, `o0` is output 0; `~` is a weak link."""
+    """Links as text: `0.1[3:7]` is 3 to 7 of dim 1 of input 0, `o0` is output 0, `~` is weak."""
     op, _ = call(overload, *args, **kwargs)
 
     def side(span: Span) -> str:
