@@ -7,13 +7,17 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 BIN := .venv/bin
 
-.PHONY: demo test clean
+.PHONY: demo test test-slow clean
 
 demo: .venv/ready
 	$(BIN)/python examples/quickstart.py
 
 test: .venv/ready
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+# Thousands of random graphs, full-size models: minutes.
+test-slow: .venv/ready
+	$(BIN)/python -m pytest -m slow $(PYTEST_ARGS)
 
 # torch goes first and alone: any looser requirement may fetch another build of it.
 .venv/ready: pyproject.toml

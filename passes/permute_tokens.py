@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import fx
@@ -79,9 +79,13 @@ class PermutationPlan:
     runs: tuple[TokenRun, ...]
     layouts: tuple[Layout, ...]
     gathers: tuple[Gather, ...]
-    sites: frozenset[fx.Node]  # attention and MLP sites that see permuted tokens
+    served: tuple[frozenset[fx.Node], ...]  # for each run, the attention and MLP sites that see it permuted
     walls: tuple[Wall, ...]  # what the region ends at, inputs and outputs left out
-    axes: TokenAxes = field(repr=False, compare=False)
+
+    @property
+    def sites(self) -> frozenset[fx.Node]:
+        """All sites that see permuted tokens."""
+        return frozenset().union(*self.served)
 
     @property
     def bytes(self) -> int:
@@ -100,8 +104,7 @@ def plan_permutation(
 ) -> PermutationPlan | Declined:
     """Where to permute tokens in a canonical graph, or why nowhere.
 
-    sites: of `gm`; they are what the permutation serves. axes: of `analyse_tokens(gm)`, if it has been
-    called.
+    sites: of `gm`; they are what the permutation serves. axes: `analyse_tokens(gm)`, if it is known already.
     grid: (frames, height, width) by the user, or several, one after the other; overrides what the graph says.
     fixed: placeholders that stay the same over a generation (parameters, ids, prompt embeddings).
     share: how much of the sites' own time the gathers may cost (`math.inf`: any).
@@ -130,13 +133,11 @@ def plan_permutation(
     regions = [_region(gm, axes, run, sites, still, share) for run in runs]
     kept = [k for k, region in enumerate(regions) if not region.sites.isdisjoint(attention)]
     if not kept:
-        plan = _assemble(
-            gm, axes, runs, [_region(gm, axes, run, sites, still, math.inf) for run in runs], still
-        )
-        return _declined(
-            Reason.WALLED_IN, walls=tuple(wall.name for wall in plan.walls[:4]), bytes=plan.bytes
-        )
-    return _assemble(gm, axes, [runs[k] for k in kept], [regions[k] for k in kept], still)
+        free = [_region(gm, axes, run, sites, still, math.inf) for run in runs]
+        plan = _assemble(gm, runs, free, still)
+        ends = tuple(wall.name for wall in plan.walls[:4])
+        return _declined(Reason.WALLED_IN, walls=ends, bytes=plan.bytes)
+    return _assemble(gm, [runs[k] for k in kept], [regions[k] for k in kept], still)
 
 
 def _declined(reason: Reason, **detail) -> Declined:
@@ -159,10 +160,8 @@ class _Region:
 def _region(gm, axes: TokenAxes, run: TokenRun, sites, still: Collection[fx.Node], share: float) -> _Region:
     held = occurrences(axes, run.pattern)
     closed = walls(gm, axes, held, run.length)
-    served = [
-        site for site in sites if site.node not in closed and holds(_tokens_of(axes, site), run.pattern)
-    ]
-    wanted = {site.node: site_bytes(site, share) for site in served}
+    free = [site for site in sites if site.node not in closed]
+    wanted = {s.node: site_bytes(s, share) for s in free if holds(_tokens_of(axes, s), run.pattern)}
     whole = [_ops_of(site) for site in sites if isinstance(site, MlpSite)]
     inside = minimum_cut(gm, held, closed, wanted, whole, still)
     return _Region(held, inside, closed, inside.intersection(wanted))
@@ -183,9 +182,7 @@ def _ops_of(site: MlpSite) -> list[fx.Node]:
 # --- all runs together --------------------------------------------------------------------------------------
 
 
-def _assemble(
-    gm, axes: TokenAxes, runs, regions: list[_Region], still: Collection[fx.Node]
-) -> PermutationPlan:
+def _assemble(gm, runs: Sequence[TokenRun], regions: list[_Region], still) -> PermutationPlan:
     layouts: dict[Layout, int] = {}
     gathers = []
     for value in gm.graph.nodes:
@@ -197,11 +194,11 @@ def _assemble(
             if moves:
                 crossing.setdefault(moves, []).append(user)
         for moves, readers in crossing.items():
-            steps = tuple(_steps(axes, value, moves, regions, layouts))
+            steps = tuple(_steps(value, moves, regions, layouts))
             price = gather_bytes(value.meta["val"], [dim for dim, _ in steps])
             gathers.append(Gather(value, tuple(readers), steps, price, value in still))
-    sites = frozenset.union(*(region.sites for region in regions))
-    return PermutationPlan(tuple(runs), tuple(layouts), tuple(gathers), sites, tuple(_walls(regions)), axes)
+    served = tuple(region.sites for region in regions)
+    return PermutationPlan(tuple(runs), tuple(layouts), tuple(gathers), served, tuple(_walls(regions)))
 
 
 def _moves(value: fx.Node, user: fx.Node, regions: list[_Region]) -> Iterator[tuple[int, bool]]:
@@ -213,7 +210,7 @@ def _moves(value: fx.Node, user: fx.Node, regions: list[_Region]) -> Iterator[tu
                 yield k, made
 
 
-def _steps(axes, value: fx.Node, moves, regions, layouts: dict[Layout, int]) -> Iterator[tuple[int, int]]:
+def _steps(value: fx.Node, moves, regions, layouts: dict[Layout, int]) -> Iterator[tuple[int, int]]:
     by_dim: dict[int, list[tuple[int, int, bool]]] = {}
     for k, undo in moves:
         for dim, start in regions[k].held[value, 0]:
@@ -251,8 +248,10 @@ def permute_tokens(gm: fx.GraphModule, plan: PermutationPlan) -> fx.GraphModule:
         like = next(g.value for g in plan.gathers for _, index in g.steps if index == k).meta["val"]
         last.meta["val"] = like.new_empty(layout.length, dtype=torch.int64)
         indices.append(last)
+    position = {node: k for k, node in enumerate(gm.graph.nodes)}
     for gather in plan.gathers:
-        out, place = gather.value, last if gather.value.op == "placeholder" else gather.value
+        out = gather.value
+        place = max(out, last, key=position.__getitem__)
         for dim, k in gather.steps:
             with gm.graph.inserting_after(place):
                 place = gm.graph.call_function(aten.index_select.default, (out, dim, indices[k]))
@@ -272,8 +271,8 @@ def run_order(
 ) -> tuple[torch.Tensor, tuple[int, ...]]:
     """(order, chunk lengths) of one run, as `token_order` gives them, grid after grid.
 
-    grids: `run.grids`, or what `grids_from_ids` read off `run.ids`; None or another number of tokens: raster
-    order.
+    grids: `run.grids`, or what `grids_from_ids` read off `run.ids`. Where there are none, or for another
+    number of tokens, the order stays as it is.
     """
     parts = [token_order(grid, chunk, kind) for grid in grids or ()]
     if sum(len(order) for order, _ in parts) != run.length:
@@ -310,19 +309,20 @@ def site_chunks(
     run_lengths: of `run_order`, for each run of `plan`. Segments that are not permuted and shorter than a
     chunk join their neighbours.
     """
-    runs = plan.runs if plan is not None and site.node in plan.sites else ()
+    runs = zip(plan.runs, plan.served, run_lengths) if plan is not None else ()
+    permuted = [(run.pattern, lengths) for run, served, lengths in runs if site.node in served]
     out: list[int] = []
     plain: list[int] = []
     rope = _tokens_of(axes, site)
     while rope:
-        match = next((k for k, run in enumerate(runs) if rope[: len(run.pattern)] == run.pattern), None)
-        if match is None:
+        pattern, lengths = next((p for p in permuted if rope[: len(p[0])] == p[0]), (None, ()))
+        if pattern is None:
             plain.append(rope[0].length)
             rope = rope[1:]
         else:
-            out += (*_plain_chunks(plain, chunk), *run_lengths[match])
+            out += (*_plain_chunks(plain, chunk), *lengths)
             plain = []
-            rope = rope[len(runs[match].pattern) :]
+            rope = rope[len(pattern) :]
     return (*out, *_plain_chunks(plain, chunk))
 
 

@@ -26,8 +26,8 @@ from .token_proof import Places, touches
 # positions.
 FIXED_DISCOUNT = 10**6
 # What a memory transaction moves, in bytes. A gather of shorter runs reads the rest of it too, and again for
-# the next token, as far as caches do not help: neighbours of a patch lie in few sectors, so they mostly do.
-SECTOR, MOST_WASTE = 32, 4
+# other tokens, as far as caches do not help; neighbours of a patch share sectors, so they mostly do.
+SECTOR, MOST_WASTE = 32, 2
 # Arithmetic done in the time that one byte takes (600 TFLOP/s, 3 TB/s).
 FLOPS_PER_BYTE = 200
 

@@ -149,16 +149,17 @@ def call_of(node: fx.Node) -> Call | None:
             for k, out in enumerate(value if isinstance(value, (tuple, list)) else (value,))
             if isinstance(out, torch.Tensor)
         )
-        signature = Signature(node.target, values, tuple(operands), outs)
-        return Call(node, tuple(nodes), signature, _links(signature)) if outs else None
+        if not outs:
+            return None
+        return Call(node, tuple(nodes), *_links(Signature(node.target, values, tuple(operands), outs)))
     except Unreadable:
         return None
 
 
 @functools.lru_cache(maxsize=8192)
-def _links(signature: Signature) -> tuple[Link, ...]:
-    """Layers repeat: a model of thousands of ops has some hundred signatures."""
-    return tuple(rule_of(signature.target)(signature))
+def _links(signature: Signature) -> tuple[Signature, tuple[Link, ...]]:
+    """A signature and its links, equal ones shared: a model of thousands of ops has some hundred of them."""
+    return signature, tuple(rule_of(signature.target)(signature))
 
 
 @functools.lru_cache(maxsize=None)

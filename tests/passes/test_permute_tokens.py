@@ -207,6 +207,27 @@ def test_attention_spelled_out_with_a_full_mask():
     assert [dim for dim, _ in bias.steps] == [0, 1]
 
 
+def test_constants_may_stand_before_the_inputs():
+    def model(table, x, w_in, w):
+        return self_attention(F.linear(x, w_in) + table, w)
+
+    inputs = X(TOKENS, DIM), X(2, TOKENS, 2), X(DIM, 2), X(3 * DIM, DIM)
+    gm = traced(model, *inputs)
+    plain = in_double(gm, *inputs)
+    first = next(iter(gm.graph.nodes))
+    gm.register_buffer("table", inputs[0])
+    with gm.graph.inserting_before(first):
+        constant = gm.graph.get_attr("table")
+    constant.meta.update(first.meta)
+    first.replace_all_uses_with(constant)
+    gm.graph.erase_node(first)
+    plan = plan_permutation(gm, attention_sites(gm), grid=GRID, share=math.inf)
+    assert constant in [gather.value for gather in plan.gathers if gather.fixed]
+    permute_tokens(gm, plan)
+    indices = index_inputs(plan, [torch.randperm(TOKENS)])
+    assert difference(in_double(gm, *inputs[1:], *indices), plain) < 1e-13
+
+
 # --- walls --------------------------------------------------------------------------------------------------
 
 

@@ -145,7 +145,7 @@ def some_settings(count):
     return settings(max_examples=count, deadline=None, suppress_health_check=unhurried, database=None)
 
 
-@some_settings(100)
+@some_settings(60)
 @given(RECIPES, st.integers(0, 99))
 def test_any_graph_that_is_permuted_is_the_same(recipe, seed):
     check(recipe, seed)
@@ -166,7 +166,7 @@ def test_most_random_graphs_are_permuted():
     assert sum(map(check, recipes)) >= 30
 
 
-@some_settings(60)
+@some_settings(40)
 @given(RECIPES, st.randoms(use_true_random=False))
 def test_the_proof_holds_whatever_the_analysis_believes(recipe, rng):
     """Occurrences are thrown away and invented at random: walls grow, results stay."""
