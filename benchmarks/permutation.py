@@ -1,0 +1,230 @@
+"""Where the token permutation lands in every model, and how long the pass takes: a table for the
+documentation.
+
+    python -m benchmarks.permutation [MODEL ...] [--timing]
+
+Captures each model of `full_size_models` (two layers of each kind, full width and resolution, no weights),
+runs the passes up to the plan, and writes benchmarks/results/permutation.json and docs/permutation.md. With
+--timing also analyses, proves, cuts and rewrites FLUX.1-dev and Wan2.1 14B at full depth, and records the
+seconds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import pathlib
+import platform
+import time
+from collections.abc import Callable
+from typing import TypeVar
+
+import networkx
+import torch
+from torch import fx
+
+from benchmarks.full_size_models import FULL_SIZE, NEEDS_VALUES
+from chipmunk_compile.config import Config
+from chipmunk_compile.passes import PASSES
+from chipmunk_compile.passes.attention_sites import find_attention
+from chipmunk_compile.passes.canonical import canonicalise
+from chipmunk_compile.passes.mlp_sites import find_mlps
+from chipmunk_compile.passes.permute_tokens import Gather, PermutationPlan, permute_tokens, plan_permutation
+from chipmunk_compile.passes.reasons import Reason
+from chipmunk_compile.passes.token_axis import analyse_tokens
+from chipmunk_compile.plan import analyse
+
+T = TypeVar("T")
+
+log = logging.getLogger("permutation")
+HERE = pathlib.Path(__file__).parent
+RESULTS, TABLE = HERE / "results" / "permutation.json", HERE.parent / "docs" / "permutation.md"
+MIN_TOKENS = Config().min_tokens
+BYTES_PER_SECOND = 3e12  # an H100's memory, roughly
+
+
+def captured(name: str, examine: Callable[[fx.GraphModule, list], T], **depth) -> list[T]:
+    """What `examine` makes of each graph that Dynamo captures in one call of a full-size model."""
+    found = []
+
+    def backend(gm, inputs, **_):
+        found.append(examine(gm, inputs))
+        outputs = next(iter(reversed(gm.graph.nodes))).all_input_nodes
+        small = len(gm.graph.nodes) < 200
+        if name not in NEEDS_VALUES or small:
+            return gm.forward
+        values = [node.meta["example_value"] for node in outputs]
+        return lambda *_: [torch.zeros(x.shape, dtype=x.dtype) for x in values]
+
+    with torch.device("cpu" if name in NEEDS_VALUES else "meta"):
+        model, kwargs = FULL_SIZE[name](**depth)
+    torch._dynamo.reset()
+    with torch.no_grad():
+        torch.compile(model, backend=backend)(**kwargs, return_dict=False)
+    torch._dynamo.reset()
+    return found
+
+
+def survey(name: str) -> dict:
+    """The plan of the graph of a model that has attention to permute, as plain data; or why none."""
+    record: dict = {"model": (FULL_SIZE[name].__doc__ or "").strip().rstrip(".")}
+    analyses = captured(name, lambda gm, inputs: analyse(gm, inputs, Config()))
+    for analysis in analyses:
+        plan = analysis.permutation
+        if isinstance(plan, PermutationPlan):
+            return record | {
+                "graphs": len(analyses),
+                "tokens": [run.length for run in plan.runs],
+                "grid": [run.grids or "read off ids, once a generation" for run in plan.runs],
+                "sites": f"{len(plan.sites)} of {len(analysis.sites)}",
+                "gathers": [_described(gather, plan) for gather in plan.gathers],
+                "bytes": plan.bytes,
+                "walls": [f"{wall.name}: {wall.why}" for wall in plan.walls],
+            }
+    declined = [analysis.permutation for analysis in analyses if analysis.permutation is not None]
+    reason, detail = (declined[0].reason, declined[0].detail) if declined else (Reason.NO_SITES, {})
+    return record | {
+        "graphs": len(analyses),
+        "reason": reason.value,
+        "detail": {k: str(v) for k, v in detail.items()},
+    }
+
+
+def _described(gather: Gather, plan: PermutationPlan) -> dict:
+    value = gather.value
+    dim, layout = gather.steps[0]
+    return {
+        "value": "input" if value.op == "placeholder" else str(value.target).removeprefix("aten."),
+        "where": gather.path,
+        "shape": list(value.meta["val"].shape),
+        "dims": [dim for dim, _ in gather.steps],
+        "direction": "out" if plan.layouts[layout].moves[0][2] else "in",
+        "bytes": gather.bytes,
+        "fixed": gather.fixed,
+    }
+
+
+def timing(name: str, **depth) -> dict:
+    """Seconds of the pass on a graph of full depth, on the clock and of the processor."""
+    (graph,) = captured(name, _behind_passes, **depth)
+    sites = [*find_attention(graph, min_tokens=MIN_TOKENS)[0], *find_mlps(graph, min_tokens=MIN_TOKENS)[0]]
+    record = {"nodes": len(graph.graph.nodes), "sites": len(sites)}
+    start, used = time.perf_counter(), time.process_time()
+    axes = analyse_tokens(graph)
+    analysed = time.perf_counter()
+    plan = plan_permutation(graph, sites, axes=axes)
+    planned = time.perf_counter()
+    permute_tokens(graph, plan)
+    done = time.perf_counter()
+    record |= {"analysis": analysed - start, "proof and cut": planned - analysed, "rewrite": done - planned}
+    record |= {"all": done - start, "processor": time.process_time() - used}
+    return {key: round(value, 3) for key, value in record.items()}
+
+
+def _behind_passes(gm: fx.GraphModule, inputs: list) -> fx.GraphModule:
+    graph = canonicalise(gm, inputs)
+    for rewrite in PASSES:
+        graph = rewrite(graph)
+    return graph
+
+
+# --- the table ----------------------------------------------------------------------------------------------
+
+INTRODUCTION = """# Where tokens are permuted
+
+Generated by `python -m benchmarks.permutation`; do not edit. Models of diffusers at the width and resolution
+named, two layers of each kind (the cut does not depend on how many there are), no weights.
+
+Tokens of one chunk share their columns, so they should be neighbours in space. `passes/permute_tokens.py`
+reorders tokens once on the way into a graph and once on the way out. Where, is the result of a proof for
+every op and a minimum cut; nothing here is written for a model. *In* and *out* are the tensors that are
+gathered; bytes are read and written, each time the graph runs; the last column is their time at 3 TB/s. What is
+*fixed* over a generation (tables of positions) could be kept, and is not counted.
+"""
+
+
+def markdown(surveys: dict[str, dict], versions: dict[str, str], timings: dict[str, dict]) -> str:
+    """docs/permutation.md."""
+    permuted = {name: s for name, s in surveys.items() if "gathers" in s}
+    lines = [
+        INTRODUCTION,
+        "| Model | Grid | Sites | In | Out | MB a step | µs |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for s in permuted.values():
+        grids = ", ".join(
+            g if isinstance(g, str) else " + ".join(" x ".join(map(str, x)) for x in g) for g in s["grid"]
+        )
+        inside, outside = (_cells(s["gathers"], direction) for direction in ("in", "out"))
+        megabytes, micros = s["bytes"] / 1e6, s["bytes"] / BYTES_PER_SECOND * 1e6
+        cells = (s["model"], grids, s["sites"], inside, outside, f"{megabytes:.1f}", f"{micros:.0f}")
+        lines.append(f"| {' | '.join(cells)} |")
+    lines += ["", "Not permuted:", "", "| Model | Why |", "|---|---|"]
+    for s in surveys.values():
+        if "reason" in s:
+            detail = "; ".join(f"{key}: {value}" for key, value in s["detail"].items())
+            lines.append(f"| {s['model']} | {s['reason']}{' (' + detail + ')' if detail else ''} |")
+    if timings:
+        lines += ["", "The pass itself, seconds on full depth:", ""]
+        lines += [
+            "| Model | Nodes | Analysis | Proof and cut | Rewrite | All | Processor time |",
+            "|---" * 7 + "|",
+        ]
+        for name, t in timings.items():
+            cells = (
+                name,
+                *(t[key] for key in ("nodes", "analysis", "proof and cut", "rewrite", "all", "processor")),
+            )
+            lines.append(f"| {' | '.join(map(str, cells))} |")
+    lines += ["", "Versions: " + ", ".join(f"{key} {value}" for key, value in versions.items()) + ".", ""]
+    return "\n".join(lines)
+
+
+def _cells(gathers: list[dict], direction: str) -> str:
+    texts = []
+    for gather in gathers:
+        if gather["direction"] == direction:
+            origin = " ".join(filter(None, (gather["value"], gather["where"] and f"of `{gather['where']}`")))
+            texts.append(f"{origin} {gather['shape']}" + (" (fixed)" if gather["fixed"] else ""))
+    return "<br>".join(texts)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("models", nargs="*", choices=[*FULL_SIZE, []], help="default: all")
+    parser.add_argument(
+        "--timing", action="store_true", help="also time FLUX and Wan at full depth (minutes)"
+    )
+    options = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    import diffusers
+
+    versions = {
+        "torch": torch.__version__,
+        "diffusers": diffusers.__version__,
+        "networkx": networkx.__version__,
+    }
+    versions["device"] = platform.processor() or platform.machine()
+    old = json.loads(RESULTS.read_text()) if RESULTS.exists() else {"models": {}, "timing": {}}
+    surveys, timings = old["models"], old["timing"]
+    for name in options.models or FULL_SIZE:
+        surveys[name] = survey(name)
+        log.info(
+            "%s: %s", name, surveys[name].get("reason") or f"{surveys[name]['bytes'] / 1e6:.1f} MB a step"
+        )
+    if options.timing:
+        timings["FLUX.1-dev"] = timing("flux", layers=19, single=38)
+        timings["Wan2.1 T2V 14B"] = timing("wan", layers=40)
+    surveys = {name: surveys[name] for name in FULL_SIZE if name in surveys}
+    RESULTS.parent.mkdir(exist_ok=True)
+    RESULTS.write_text(
+        json.dumps({"versions": versions, "models": surveys, "timing": timings}, indent=1) + "\n"
+    )
+    TABLE.write_text(markdown(surveys, versions, timings))
+
+
+if __name__ == "__main__":
+    main()
