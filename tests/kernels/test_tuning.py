@@ -1,0 +1,94 @@
+"""Tiles: which table answers, and what the committed one may hold."""
+
+from __future__ import annotations
+
+import json
+from unittest import mock
+
+import pytest
+import torch
+
+from chipmunk_compile.kernels import tuner, tuning
+
+CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
+BF16 = torch.bfloat16
+
+
+@pytest.fixture
+def gpu(tmp_path, monkeypatch):
+    """A GPU that is not there, of a capability to be set."""
+    monkeypatch.setenv("CHIPMUNK_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Some Card 3000")
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    capability = mock.Mock(return_value=(8, 0))
+    monkeypatch.setattr(tuning, "capability", capability)
+    tuning._table.cache_clear()
+    yield capability
+    tuning._table.cache_clear()
+
+
+def test_without_a_gpu_the_defaults_answer():
+    tiles = tuning.attention_delta(BF16, 128, 64, CPU)
+    assert tiles["BM"] == 64 and tiles["num_warps"] == 4
+
+
+def test_an_override_wins_and_ends():
+    key = "mlp_down 16-bit chunk 128"
+    before = tuning.mlp_down(BF16, 128, CPU)
+    with tuning.override({key: {"BM": 7}}):
+        assert tuning.mlp_down(BF16, 128, CPU) == {"BM": 7}
+        assert tuning.mlp_down(BF16, 64, CPU) != {"BM": 7}
+    assert tuning.mlp_down(BF16, 128, CPU) == before
+
+
+def test_a_known_capability_takes_the_committed_tiles(gpu):
+    gpu.return_value = (9, 0)
+    with mock.patch.object(tuner, "measure", side_effect=AssertionError):
+        tiles = tuning.mlp_up(BF16, 128, 1, GPU)
+    assert tiles == json.loads(tuning.COMMITTED.read_text())["9.0"]["mlp_up 16-bit chunk 128 inputs 1"]
+
+
+def test_an_unknown_one_is_measured_once_and_remembered(gpu, tmp_path):
+    measured = {"BM": 16, "num_warps": 2}
+    with mock.patch.object(tuner, "measure", side_effect=lambda key, default, device: {key: measured}) as measure:
+        assert tuning.mlp_down(BF16, 128, GPU) == measured
+        assert tuning.mlp_down(BF16, 128, GPU) == measured
+        tuning._table.cache_clear()  # as in another process
+        assert tuning.mlp_down(BF16, 128, GPU) == measured
+    assert measure.call_count == 1
+    assert list(json.loads((tmp_path / "tuning-some-card-3000.json").read_text()).values()) == [measured]
+
+
+@pytest.mark.parametrize("how", ["switched off", "capturing", "float32"])
+def test_where_a_clock_would_do_harm_the_defaults_answer(gpu, monkeypatch, how):
+    dtype = torch.float32 if how == "float32" else BF16
+    if how == "switched off":
+        monkeypatch.setenv("CHIPMUNK_AUTOTUNE", "0")
+    if how == "capturing":
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    with mock.patch.object(tuner, "measure", side_effect=AssertionError):
+        assert tuning.mlp_down(dtype, 128, GPU) == tuning.mlp_down(dtype, 128, CPU)
+
+
+def test_the_committed_table_holds_whole_tiles_of_known_classes():
+    defaults = dict(tuner.classes(CPU))
+    table = json.loads(tuning.COMMITTED.read_text())
+    assert table
+    for capability, tiles in table.items():
+        assert tuple(map(int, capability.split("."))) >= (8, 0)
+        for key, choice in tiles.items():
+            assert set(choice) == set(defaults[key]), key
+
+
+def test_changes_are_packed_for_the_tiles_that_read_them():
+    """mlp_up writes blocks of BM tokens and mlp_down reads them, each with tiles of its own."""
+    table = json.loads(tuning.COMMITTED.read_text())
+    for chunk in (32, 64, 128, 192, 256):
+        for dtype in (BF16, torch.float32):
+            up = tuning.mlp_up(dtype, chunk, 1, CPU)["BM"]
+            packed = -(-chunk // up) * up
+            assert packed % tuning.mlp_down(dtype, chunk, CPU)["BM"] == 0
+    for tiles in table.values():
+        for chunk in (64, 128):
+            up = tiles[f"mlp_up 16-bit chunk {chunk} inputs 1"]["BM"]
+            assert -(-chunk // up) * up % tiles[f"mlp_down 16-bit chunk {chunk}"]["BM"] == 0
