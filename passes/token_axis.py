@@ -157,7 +157,7 @@ def _next(stack: list[Cell]) -> Cell:
 def shifted(a: list[Cell], b: list[Cell]) -> bool:
     """Whether merging would merge a cell with itself some positions further on, as in x[1:] + x[:-1].
 
-    That makes every position the same class: it would split the axis into single tokens. The cells are unsplit.
+    That makes every position the same class, and splits the axis into single tokens. The cells are unsplit.
     """
     if len(a) == len(b) == 1:
         return False

@@ -117,8 +117,8 @@ class _Fold(NamedTuple):
 
 
 def _folds(axes: TokenAxes) -> dict[Rope, list[_Fold]]:
-    """Every fold of every axis, by the rope of the axis."""
-    out: dict[Rope, list[_Fold]] = {}
+    """Every fold of every axis, by the rope of the axis; equal ones of many layers once."""
+    found: dict[Rope, dict[tuple, _Fold]] = {}
     for node, call in axes.calls.items():
         if RULES.get(node.target) is not row_major:
             continue
@@ -131,8 +131,8 @@ def _folds(axes: TokenAxes) -> dict[Rope, list[_Fold]]:
             for (shape, dims, rope), (other, others, other_ropes) in (ends, ends[::-1]):
                 fold = _fold(node, shape[dims[-1]], [(other[d], other_ropes[d]) for d in others])
                 if fold is not None:
-                    out.setdefault(rope[dims[-1]], []).append(fold)
-    return _unfolded(out)
+                    found.setdefault(rope[dims[-1]], {}).setdefault((fold.lengths, fold.ropes), fold)
+    return _unfolded({rope: list(folds.values()) for rope, folds in found.items()})
 
 
 def _fold(node: fx.Node, length: int, parts: list[tuple[int, Rope]]) -> _Fold | None:
@@ -178,7 +178,7 @@ def _coarser(a: tuple[int, ...], b: tuple[int, ...]) -> bool:
 
 
 def _runs_with_ids(gm: fx.GraphModule, axes: TokenAxes, joint: list[Rope]) -> Iterator[TokenRun]:
-    """Runs whose positions are an input: [..., tokens, two to four axes], used for nothing but angles.
+    """Runs whose positions are an input: [..., tokens, two to four axes], from which angles are computed.
 
     Text has ids too. Tokens that the graph returns are the picture's; where it returns none by that axis, the
     longest run is taken.
@@ -197,7 +197,7 @@ def _runs_with_ids(gm: fx.GraphModule, axes: TokenAxes, joint: list[Rope]) -> It
 
 def _outputs(gm: fx.GraphModule) -> list[fx.Node]:
     output = next(iter(reversed(gm.graph.nodes)))
-    return [node for node in output.all_input_nodes if isinstance(node.meta.get("val"), torch.Tensor)]
+    return list(filter(is_tensor, output.all_input_nodes))
 
 
 def _angle_inputs(gm: fx.GraphModule) -> list[fx.Node]:
@@ -209,10 +209,9 @@ def _angle_inputs(gm: fx.GraphModule) -> list[fx.Node]:
         if node not in seen:
             seen.add(node)
             stack += node.all_input_nodes
-    shapes = {
-        node: shape_of(node.meta["val"]) for node in seen if node.op == "placeholder" and is_tensor(node)
-    }
-    return [node for node, shape in shapes.items() if len(shape) in (2, 3) and shape[-1] in (2, 3, 4)]
+    inputs = [n for n in gm.graph.nodes if n.op == "placeholder" and is_tensor(n) and n in seen]
+    shapes = [shape_of(n.meta["val"]) for n in inputs]
+    return [n for n, shape in zip(inputs, shapes) if len(shape) in (2, 3) and shape[-1] in (2, 3, 4)]
 
 
 _ANGLES = (aten.sin.default, aten.cos.default, aten.polar.default)

@@ -53,7 +53,7 @@ VARIANTS = [
     ("cogvideox", dict(batch=3, frames=2, height=5, width=7), ((2, 5, 7),)),
     ("ltx", dict(batch=1, frames=1, height=8, width=9), ((1, 8, 9),)),
     ("lumina2", dict(batch=1), ((1, 6, 10),)),
-    ("z_image", dict(batch=1, height=7, width=9, text=20), ((1, 7, 9),)),  # padded to 64 image tokens, 32 of text
+    ("z_image", dict(batch=1, height=7, width=9, text=20), ((1, 7, 9),)),  # padded to 64 + 32 tokens
     ("z_image", dict(batch=2, height=7, width=9, text=20), ((1, 7, 9),)),
     ("kandinsky5", dict(frames=1, height=8, width=9), ((1, 8, 9),)),
     ("cosmos", dict(batch=2), ((3, 4, 6),)),
