@@ -31,9 +31,7 @@ def _ones(*shape: int, dtype: torch.dtype = torch.bool) -> torch.Tensor:
 
 def flux(layers: int = 2, single: int = 2) -> Full:
     """FLUX.1-dev, 1024 x 1024."""
-    model = _built(
-        "FluxTransformer2DModel", num_layers=layers, num_single_layers=single, guidance_embeds=True
-    )
+    model = _built("FluxTransformer2DModel", num_layers=layers, num_single_layers=single, guidance_embeds=True)
     return model, dict(
         hidden_states=_empty(1, 4096, 64),
         encoder_hidden_states=_empty(1, 512, 4096),
@@ -105,9 +103,7 @@ def wan(layers: int = 2) -> Full:
 
 def wan_i2v(layers: int = 2) -> Full:
     """Wan2.1 I2V 14B, 720 x 1280, 81 frames."""
-    model = _built(
-        "WanTransformer3DModel", num_layers=layers, in_channels=36, image_dim=1280, added_kv_proj_dim=5120
-    )
+    model = _built("WanTransformer3DModel", num_layers=layers, in_channels=36, image_dim=1280, added_kv_proj_dim=5120)
     return model, dict(
         hidden_states=_empty(1, 36, 21, 90, 160),
         timestep=_empty(1, dtype=torch.float32),

@@ -191,13 +191,9 @@ def _cells(gathers: list[dict], direction: str) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("models", nargs="*", choices=[*FULL_SIZE, []], help="default: all")
-    parser.add_argument(
-        "--timing", action="store_true", help="also time FLUX and Wan at full depth (minutes)"
-    )
+    parser.add_argument("--timing", action="store_true", help="also time FLUX and Wan at full depth (minutes)")
     options = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     import diffusers
@@ -212,17 +208,13 @@ def main() -> None:
     surveys, timings = old["models"], old["timing"]
     for name in options.models or FULL_SIZE:
         surveys[name] = survey(name)
-        log.info(
-            "%s: %s", name, surveys[name].get("reason") or f"{surveys[name]['bytes'] / 1e6:.1f} MB a step"
-        )
+        log.info("%s: %s", name, surveys[name].get("reason") or f"{surveys[name]['bytes'] / 1e6:.1f} MB a step")
     if options.timing:
         timings["FLUX.1-dev"] = timing("flux", layers=19, single=38)
         timings["Wan2.1 T2V 14B"] = timing("wan", layers=40)
     surveys = {name: surveys[name] for name in FULL_SIZE if name in surveys}
     RESULTS.parent.mkdir(exist_ok=True)
-    RESULTS.write_text(
-        json.dumps({"versions": versions, "models": surveys, "timing": timings}, indent=1) + "\n"
-    )
+    RESULTS.write_text(json.dumps({"versions": versions, "models": surveys, "timing": timings}, indent=1) + "\n")
     TABLE.write_text(markdown(surveys, versions, timings))
 
 

@@ -27,7 +27,7 @@ from chipmunk_compile import plan
 from chipmunk_compile.passes.token_order import Grid, chunk_lengths, token_order
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "examples"))
-from tiny_dit import sampling  # noqa: E402  (lies beside the examples that use it)
+from tiny_dit import sampling
 
 log = logging.getLogger("token_orders")
 RESULTS = pathlib.Path(__file__).parent / "results" / "token-orders.json"

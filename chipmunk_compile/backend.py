@@ -19,7 +19,11 @@ _warned_of_training = False
 
 
 def chipmunk(
-    gm: fx.GraphModule, example_inputs: Sequence[Any], *, options: Mapping[str, Any] | None = None, mode: str | None = None
+    gm: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    *,
+    options: Mapping[str, Any] | None = None,
+    mode: str | None = None,
 ) -> Callable:
     """Dynamo's graph in, a callable out: dense, refresh or delta, as the step asks.
 

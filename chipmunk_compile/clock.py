@@ -62,7 +62,11 @@ class Evidence:
         if position >= len(other) or position >= len(self):
             return False
         mine = self.objects[position]()
-        return mine is not None and mine is other.objects[position]() and self.versions[position] == other.versions[position]
+        return (
+            mine is not None
+            and mine is other.objects[position]()
+            and self.versions[position] == other.versions[position]
+        )
 
     def same(self, other: Evidence, position: int) -> bool:
         if self.same_object(other, position):

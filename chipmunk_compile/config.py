@@ -1,4 +1,4 @@
-"""Options: frozen dataclasses, presets, strict validation of the flat dict that `torch.compile(options=...)` hands over."""
+"""Options: frozen dataclasses, presets, strict validation of the flat dict that `torch.compile(options=...)` gives."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class AttentionOptions:
     """Sparse attention."""
 
     sparsity: float | None = 0.835
-    """Share of key columns that a delta step leaves out, 0 to 1; 0.93 computes 7% of them. None: attention stays dense."""
+    """Share of key columns that a delta step leaves out, 0 to 1; 0.93 computes 7%. None: attention stays dense."""
     chunk: int = 64
     """Consecutive query tokens that share their columns: 32, 64, 128 or 192."""
     samples: int = 8
@@ -155,7 +155,9 @@ def _grid(name: str, value: Any) -> tuple[int, int, int] | None:
         return None
     whole = isinstance(value, (tuple, list)) and len(value) == 3
     if not whole or not all(isinstance(v, int) and not isinstance(v, bool) and v > 0 for v in value):
-        raise OptionError(f"{name}={value!r}: three positive integers (frames, rows, columns); frames is 1 for an image")
+        raise OptionError(
+            f"{name}={value!r}: three positive integers (frames, rows, columns); frames is 1 for an image"
+        )
     return tuple(value)
 
 

@@ -66,7 +66,7 @@ class Analysis:
         return any(run.ids is not None and not run.grids for run in runs)
 
     def grids(self, args: Sequence[Any]) -> tuple[tuple[Grid, ...] | None, ...]:
-        """The grids of each permuted run, for the inputs `args`; None where they do not say. May wait for the device."""
+        """The grids of each permuted run for the inputs `args`; None where they do not say. May wait for the device."""
         if not isinstance(self.permutation, PermutationPlan):
             return ()
         placeholders = [n for n in self.canonical.graph.nodes if n.op == "placeholder"]
@@ -224,7 +224,9 @@ def _has_shape_of_an_output(canonical: fx.GraphModule, value: torch.Tensor) -> b
         return len(shape) == value.dim() and len(differing) <= 1 and (value.dim() > 3 or differing in ([], [2]))
 
     output = next(iter(reversed(canonical.graph.nodes)))
-    return any(alike(o.meta["val"].shape) for o in output.all_input_nodes if isinstance(o.meta.get("val"), torch.Tensor))
+    return any(
+        alike(o.meta["val"].shape) for o in output.all_input_nodes if isinstance(o.meta.get("val"), torch.Tensor)
+    )
 
 
 def _is_symbolic(value: Any) -> bool:
@@ -232,7 +234,7 @@ def _is_symbolic(value: Any) -> bool:
 
 
 def _mutates_shared_storage(canonical: fx.GraphModule, example_inputs: Sequence[Any]) -> bool:
-    """Functional graphs know nothing of aliasing: a write to one of two overlapping inputs would be lost to the other."""
+    """A functional graph knows no aliasing: a write to one of two overlapping inputs would be lost to the other."""
     placeholders = [n for n in canonical.graph.nodes if n.op == "placeholder"]
     written = {n.args[0] for n in canonical.graph.nodes if n.target is torch.ops.aten.copy_.default}
     if not written:

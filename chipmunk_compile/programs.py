@@ -28,7 +28,7 @@ MOST_ORDERS = 4
 
 @contextlib.contextmanager
 def disabled() -> Iterator[None]:
-    """Everything dense inside, without recompiling: for comparing the two by eye. Cached state goes stale and is redone."""
+    """Everything dense inside, no recompile: to compare the two by eye. Cached state goes stale, and is redone."""
     before = getattr(_local, "disabled", False)
     _local.disabled = True
     try:

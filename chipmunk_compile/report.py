@@ -88,7 +88,9 @@ class PermutationReport:
         if not self.gathers:
             return "tokens keep their order"
         grids = ", ".join("x".join(map(str, grid)) for grid in self.grids)
-        what = f"chunks are boxes of {'x'.join(map(str, self.patch))} tokens" if self.patch else "order unknown: as given"
+        what = (
+            f"chunks are boxes of {'x'.join(map(str, self.patch))} tokens" if self.patch else "order unknown: as given"
+        )
         return f"{what} (grid {grids or 'not readable'}); {len(self.gathers)} gathers move {_bytes(self.bytes)} a step"
 
 
@@ -142,7 +144,10 @@ class Report:
             how = f", {options.sparsity:.1%} sparse, chunks of {options.chunk} tokens" if taken else ""
             lines.append(f"{kind:<10} {taken} of {len(sites)} accelerated{how}")
         schedule = self.config.schedule
-        lines.append(f"schedule   refresh at the first {schedule.warmup} steps and every {schedule.refresh_every}th; delta between")
+        lines.append(
+            f"schedule   refresh at the first {schedule.warmup} steps and every {schedule.refresh_every}th; "
+            "delta between"
+        )
         lines.append(f"work       a delta step does {self.delta_share:.0%} of a dense step's matrix work (predicted)")
         lines.append(f"state      {_bytes(self.state_bytes)} per stream")
         lines.append(f"order      {self.permutation}")

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from . import telemetry
-from .clock import Clock, CountedClock, InferredClock
+from .clock import Clock, CountedClock, InferredClock, Tick
 from .config import Config
 from .passes.lower import StateTensor
 
@@ -77,7 +77,11 @@ class Root:
     def end_call(self) -> None:
         """After the last call of a forward (known from the forward before), the clock may end the generation."""
         self._calls += 1
-        if self._clock is not None and self._calls >= max(self._calls_before, 1) and isinstance(self._clock, CountedClock):
+        if (
+            self._clock is not None
+            and self._calls >= max(self._calls_before, 1)
+            and isinstance(self._clock, CountedClock)
+        ):
             self._clock.finish()
 
 
@@ -201,6 +205,7 @@ class _Epoch:
 
 _blocks: list[generation] = []
 _epoch = _Epoch()
+
 
 class Owners:
     """The owners of one graph's calls."""

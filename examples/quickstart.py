@@ -79,7 +79,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def measure(methods, noise, conditioning, args) -> tuple[dict, dict, dict]:
-    """Pictures, seconds of each repeat, and state bytes, by method. Repeats interleave: a busy machine slows all alike."""
+    """Pictures, seconds of each repeat, state bytes, by method. Repeats interleave: a busy machine slows all alike."""
     tokens: dict[str, torch.Tensor] = {}
     seconds: dict[str, list[float]] = {name: [] for name in methods}
     state: dict[str, int] = {}
@@ -113,7 +113,10 @@ def print_table(methods, seconds, psnr, state, compile_seconds, args) -> None:
         spread = f"{statistics.median(per_step):.0f} ({min(per_step):.0f}-{max(per_step):.0f})"
         quality = "-" if name == "Inductor" else f"{psnr[name]:.1f}"
         speedup = dense / statistics.median(seconds[name])
-        print(f"{name:<12}{spread:>26}{speedup:>9.2f}x{quality:>9}{state[name] / 1e6:>10.0f}{compile_seconds[name]:>13.1f}")
+        print(
+            f"{name:<12}{spread:>26}{speedup:>9.2f}x{quality:>9}{state[name] / 1e6:>10.0f}"
+            f"{compile_seconds[name]:>13.1f}"
+        )
 
 
 def write_picture(pictures: dict[str, torch.Tensor], path: Path) -> Path:

@@ -72,18 +72,14 @@ def keep_residual_fp32(model: FluxTransformer2DModel) -> None:
         embedder.register_forward_hook(lambda module, args, output: output.float())
 
 
-def build_optimizers(
-    model: FluxTransformer2DModel, muon_lr: float, adamw_lr: float
-) -> list[torch.optim.Optimizer]:
+def build_optimizers(model: FluxTransformer2DModel, muon_lr: float, adamw_lr: float) -> list[torch.optim.Optimizer]:
     """Muon for the blocks' matrices, AdamW for the rest (embedders, biases, norms, output)."""
     in_blocks = [p for name, p in model.named_parameters() if "transformer_blocks" in name and p.ndim == 2]
     chosen = {id(p) for p in in_blocks}
     rest = [p for p in model.parameters() if id(p) not in chosen]
     return [
         Muon(in_blocks, lr=muon_lr),
-        torch.optim.AdamW(
-            rest, lr=adamw_lr, betas=(0.9, 0.98), weight_decay=0.0, fused=model.device.type == "cuda"
-        ),
+        torch.optim.AdamW(rest, lr=adamw_lr, betas=(0.9, 0.98), weight_decay=0.0, fused=model.device.type == "cuda"),
     ]
 
 
@@ -95,18 +91,14 @@ def sample_times(count: int, generator: torch.Generator) -> torch.Tensor:
     return SHIFT * t / (1 + (SHIFT - 1) * t)
 
 
-def flow_loss(
-    model, pictures: torch.Tensor, text_tokens: torch.Tensor, generator: torch.Generator
-) -> torch.Tensor:
+def flow_loss(model, pictures: torch.Tensor, text_tokens: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     """Rectified flow: x_t = (1 - t) x_0 + t noise, the model predicts noise - x_0."""
     device = generator.device
     clean = pack(pictures)
     noise = torch.randn(clean.shape, generator=generator, device=device)
     t = sample_times(len(clean), generator)
     kept = torch.rand(len(clean), generator=generator, device=device) >= DROPOUT
-    conditioning = condition(
-        text_tokens * kept[:, None, None], *pictures.shape[2:], spacing=SIZE / pictures.shape[-1]
-    )
+    conditioning = condition(text_tokens * kept[:, None, None], *pictures.shape[2:], spacing=SIZE / pictures.shape[-1])
     with torch.autocast(device.type, torch.bfloat16):
         velocity = model(
             hidden_states=torch.lerp(clean, noise, t[:, None, None]),
@@ -230,9 +222,7 @@ def train(args: argparse.Namespace) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     cuda = torch.cuda.is_available()
     parser.add_argument("--minutes", type=float, default=10.0, help="wall-clock time of the whole run")
     parser.add_argument("--out", default="tiny_dit_weights", help="folder to write to")

@@ -20,8 +20,8 @@ from __future__ import annotations
 import ast
 import functools
 import operator
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Callable
 
 import torch
 import torch.nn.functional as F

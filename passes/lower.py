@@ -98,8 +98,8 @@ def lift_state(treatments: Sequence[Treatment]) -> list[StateTensor]:
 def lower(gm: fx.GraphModule, treatments: Sequence[Treatment], program: str) -> fx.GraphModule:
     """A copy of canonical `gm` with each treated site replaced; `program` is "refresh" or "delta".
 
-        attention:  sdpa(q, k, v)               ->  chipmunk.attention_refresh / attention_delta
-        mlp:        linear(act(linear(x)))      ->  the same + copy_ into the caches / chipmunk.mlp_delta
+    attention:  sdpa(q, k, v)               ->  chipmunk.attention_refresh / attention_delta
+    mlp:        linear(act(linear(x)))      ->  the same + copy_ into the caches / chipmunk.mlp_delta
     """
     graph = fx.Graph()
     env: dict[fx.Node, fx.Node] = {}

@@ -64,9 +64,7 @@ def site_bytes(site: AttentionSite | MlpSite, share: float) -> float:
     if isinstance(site, AttentionSite):
         flops = 4 * site.batch * site.heads * site.q_len * site.kv_len * site.head_dim
     else:
-        flops = (
-            2 * site.batch * site.tokens * site.hidden * (len(site.up) * site.in_features + site.out_features)
-        )
+        flops = 2 * site.batch * site.tokens * site.hidden * (len(site.up) * site.in_features + site.out_features)
     return share * flops / FLOPS_PER_BYTE
 
 

@@ -36,9 +36,7 @@ class TokenRun:
     pattern: Rope
     grids: tuple[Grid, ...]
     source: str  # what the grids were read from: the name of an op or of an input, or "option"
-    ids: fx.Node | None = (
-        None  # position ids, [..., tokens, axes], that hold the run at `ids_start` of their tokens
-    )
+    ids: fx.Node | None = None  # position ids, [..., tokens, axes], that hold the run at `ids_start` of their tokens
     ids_start: int = 0
     contradicting: tuple[Grid, ...] = ()
 

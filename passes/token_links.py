@@ -140,8 +140,7 @@ def call_of(node: fx.Node) -> Call | None:
     try:
         given, schema = node.args, node.target._schema.arguments
         values = tuple(
-            bind(given[k] if k < len(given) else node.kwargs.get(a.name, a.default_value))
-            for k, a in enumerate(schema)
+            bind(given[k] if k < len(given) else node.kwargs.get(a.name, a.default_value)) for k, a in enumerate(schema)
         )
         value = node.meta["val"]
         outs = tuple(
@@ -162,20 +161,16 @@ def _links(signature: Signature) -> tuple[Signature, tuple[Link, ...]]:
     return signature, tuple(rule_of(signature.target)(signature))
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def rule_of(target) -> Rule | None:
     """The rule of an op: its own, or that of all ops which torch itself tags as pointwise."""
     if target in RULES or not isinstance(target, torch._ops.OpOverload) or target.namespace != "aten":
         return RULES.get(target)
     random = torch.Tag.nondeterministic_seeded in target.tags
-    return (
-        pointwise
-        if torch.Tag.pointwise in target.tags and not random and not target._schema.is_mutable
-        else None
-    )
+    return pointwise if torch.Tag.pointwise in target.tags and not random and not target._schema.is_mutable else None
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _places(target) -> dict[str, int]:
     return {argument.name: k for k, argument in enumerate(target._schema.arguments)}
 
@@ -187,11 +182,7 @@ def _operand(slot: int, value: torch.Tensor) -> Operand:
 def shape_of(value: torch.Tensor) -> tuple[int | None, ...]:
     """The shape as ints, None where a size is symbolic."""
     shape = tuple(value.shape)
-    return (
-        shape
-        if all(type(size) is int for size in shape)
-        else tuple(s if type(s) is int else None for s in shape)
-    )
+    return shape if all(type(size) is int for size in shape) else tuple(s if type(s) is int else None for s in shape)
 
 
 def is_tensor(node: fx.Node) -> bool:

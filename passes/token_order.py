@@ -24,9 +24,7 @@ def token_order(grid: Grid, chunk: int = 64, kind: str = "patch") -> tuple[torch
     Raises ValueError for another kind, an empty grid or a chunk below one.
     """
     if len(grid) != 3 or min(grid) < 1 or chunk < 1:
-        raise ValueError(
-            f"no token order for the grid {grid} in chunks of {chunk}: all sizes must be at least 1"
-        )
+        raise ValueError(f"no token order for the grid {grid} in chunks of {chunk}: all sizes must be at least 1")
     if kind == "patch":
         return _patches(grid, patch_size(grid, chunk))
     tokens = grid[0] * grid[1] * grid[2]

@@ -81,9 +81,7 @@ def _offsets(link: Link, places: Mapping[int, Places], length: int) -> list[int]
     return [s - first.start for d, s in places[first.slot] if d == first.dim and 0 <= s - first.start <= last]
 
 
-def walls(
-    gm: fx.GraphModule, axes: TokenAxes, held: Mapping[Value, Places], length: int
-) -> dict[fx.Node, str]:
+def walls(gm: fx.GraphModule, axes: TokenAxes, held: Mapping[Value, Places], length: int) -> dict[fx.Node, str]:
     """Every op that touches an occurrence and may not lie inside, with the reason, in graph order."""
     out: dict[fx.Node, str] = {}
     for node in gm.graph.nodes:

@@ -177,9 +177,9 @@ def convolution(call: Signature) -> Iterator[Link]:
         yield from alike((x, 0), (out, 0))
     for k in range(weight.ndim - 2):
         dim = k + 1 + batched
-        if weight.shape[k + 2] == 1 and x.shape[dim] == out.shape[dim] and _at(call["stride"], k) == 1:
-            if isinstance(call["padding"], str) or _at(call["padding"], k) == 0:
-                yield from alike((x, dim), (out, dim))
+        pointwise = weight.shape[k + 2] == 1 and x.shape[dim] == out.shape[dim] and _at(call["stride"], k) == 1
+        if pointwise and (isinstance(call["padding"], str) or _at(call["padding"], k) == 0):
+            yield from alike((x, dim), (out, dim))
 
 
 def _at(values: list[int], k: int) -> int:

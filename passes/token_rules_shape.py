@@ -44,9 +44,7 @@ def shape_groups(a: Sequence[int], b: Sequence[int]) -> Iterator[tuple[list[int]
         yield mine, theirs
 
 
-@rule(
-    "view", "reshape", "_unsafe_view", "view_as", "reshape_as", "flatten.using_ints", "unflatten.int", "ravel"
-)
+@rule("view", "reshape", "_unsafe_view", "view_as", "reshape_as", "flatten.using_ints", "unflatten.int", "ravel")
 @rule("squeeze", "squeeze.dim", "squeeze.dims", "unsqueeze")
 def row_major(call: Signature) -> Iterator[Link]:
     """Dims that both shapes have at one place; weakly, an innermost dim and its copies in a longer one."""

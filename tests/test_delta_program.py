@@ -58,7 +58,9 @@ class Emulator:
     def mlp(self, x):
         up, down = self.block.up, self.block.down
         h = torch.nn.functional.linear(x, up.weight, up.bias)
-        act = self.rounding(ACTIVATIONS[self.block.activation](*h.chunk(2 if self.block.activation in GATED else 1, -1)))
+        act = self.rounding(
+            ACTIVATIONS[self.block.activation](*h.chunk(2 if self.block.activation in GATED else 1, -1))
+        )
         if not self.delta:
             self.act, self.out = act.clone(), act @ down.weight.T + down.bias
             return self.out

@@ -11,7 +11,9 @@ from tests.toy_dit import SMALL, Loop, compile_toy, toy
 
 
 def report(model=None, **options):
-    return chipmunk_compile.explain(toy() if model is None else model, *next(iter(Loop())), options={**SMALL, **options})
+    return chipmunk_compile.explain(
+        toy() if model is None else model, *next(iter(Loop())), options={**SMALL, **options}
+    )
 
 
 def test_sites_names_shapes_and_predictions():

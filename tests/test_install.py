@@ -1,4 +1,4 @@
-"""What installing alone gives: the string works in a fresh process, and nothing heavy is imported before it is needed."""
+"""What installing alone gives: the string works in a fresh process, and nothing heavy is imported early."""
 
 import json
 import subprocess
@@ -8,7 +8,9 @@ import sys
 def fresh(code, **environment):
     import os
 
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, **environment})
+    run = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, **environment}
+    )
     assert run.returncode == 0, run.stderr[-2000:]
     return run.stdout.strip()
 

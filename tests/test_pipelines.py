@@ -1,4 +1,4 @@
-"""Whole pipeline calls of diffusers, unpatched: steps, streams and generations are found, and the second call compiles nothing."""
+"""Whole pipeline calls of diffusers: steps, streams and generations are found; the second call compiles nothing."""
 
 import time
 

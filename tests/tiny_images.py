@@ -8,9 +8,7 @@ import torch
 from tests.tiny_parts import Random, Tiny, built, image_ids, timestep
 
 
-def flux(
-    batch: int = 2, height: int = 6, width: int = 10, text: int = 7, layers: int = 2, single: int = 2
-) -> Tiny:
+def flux(batch: int = 2, height: int = 6, width: int = 10, text: int = 7, layers: int = 2, single: int = 2) -> Tiny:
     """FLUX.1: packed latents [batch, height * width, 16], ids as inputs, joint attention [text | image]."""
     model = built(
         diffusers.FluxTransformer2DModel,
@@ -37,9 +35,7 @@ def flux(
     )
 
 
-def flux2(
-    batch: int = 2, height: int = 6, width: int = 10, text: int = 7, layers: int = 2, single: int = 2
-) -> Tiny:
+def flux2(batch: int = 2, height: int = 6, width: int = 10, text: int = 7, layers: int = 2, single: int = 2) -> Tiny:
     """FLUX.2: as FLUX, with four-axis ids and fused QKV + MLP in the single blocks."""
     model = built(
         diffusers.Flux2Transformer2DModel,
@@ -143,9 +139,7 @@ def qwen_image(batch: int = 2, height: int = 6, width: int = 10, text: int = 7, 
     )
 
 
-def auraflow(
-    batch: int = 2, height: int = 6, width: int = 10, text: int = 7, layers: int = 2, single: int = 2
-) -> Tiny:
+def auraflow(batch: int = 2, height: int = 6, width: int = 10, text: int = 7, layers: int = 2, single: int = 2) -> Tiny:
     """AuraFlow: register tokens before the text, positions selected from a learned table."""
     model = built(
         diffusers.AuraFlowTransformer2DModel,
@@ -195,9 +189,7 @@ def lumina2(batch: int = 2, height: int = 6, width: int = 10, text: int = 7, lay
     )
 
 
-def chroma(
-    batch: int = 2, height: int = 6, width: int = 10, text: int = 7, layers: int = 2, single: int = 2
-) -> Tiny:
+def chroma(batch: int = 2, height: int = 6, width: int = 10, text: int = 7, layers: int = 2, single: int = 2) -> Tiny:
     """Chroma: FLUX with modulation from an approximator and a mask over the joint sequence."""
     model = built(
         diffusers.ChromaTransformer2DModel,

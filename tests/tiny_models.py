@@ -9,31 +9,31 @@ Sizes are chosen so that no two axes that mean different things have the same le
 """
 
 from tests.tiny_images import (
-    flux,
-    flux2,
-    sd3,
-    pixart,
-    qwen_image,
     auraflow,
-    lumina2,
     chroma,
-    z_image,
     cogview4,
     dit,
+    flux,
+    flux2,
+    lumina2,
+    pixart,
+    qwen_image,
     sana,
+    sd3,
+    z_image,
 )
 from tests.tiny_videos import (
+    allegro,
+    cogvideox,
+    cosmos,
+    hunyuan_video,
+    kandinsky5,
+    latte,
+    ltx,
+    mochi,
     wan,
     wan_i2v,
     wan_vace,
-    hunyuan_video,
-    cogvideox,
-    ltx,
-    mochi,
-    kandinsky5,
-    cosmos,
-    latte,
-    allegro,
 )
 
 MODELS = {

@@ -7,7 +7,7 @@ import torch
 import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-WORDS = "[PAD] [EOS] [UNK] a cat fox on the moon and sea blurry bad".split()
+WORDS = ["[PAD]", "[EOS]", "[UNK]", "a", "cat", "fox", "on", "the", "moon", "and", "sea", "blurry", "bad"]
 
 
 def _tokenizer(length: int) -> transformers.PreTrainedTokenizerFast:

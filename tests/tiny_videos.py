@@ -23,9 +23,7 @@ def _wan_config(layers: int) -> dict:
     )
 
 
-def wan(
-    batch: int = 1, frames: int = 3, height: int = 4, width: int = 6, text: int = 7, layers: int = 2
-) -> Tiny:
+def wan(batch: int = 1, frames: int = 3, height: int = 4, width: int = 6, text: int = 7, layers: int = 2) -> Tiny:
     """Wan text-to-video: latents [batch, 4, frames, 2 height, 2 width], a 3-D patch convolution."""
     model = built(diffusers.WanTransformer3DModel, **_wan_config(layers))
     randn = Random()
@@ -36,9 +34,7 @@ def wan(
     )
 
 
-def wan_i2v(
-    batch: int = 1, frames: int = 3, height: int = 4, width: int = 6, text: int = 7, layers: int = 2
-) -> Tiny:
+def wan_i2v(batch: int = 1, frames: int = 3, height: int = 4, width: int = 6, text: int = 7, layers: int = 2) -> Tiny:
     """Wan image-to-video: 257 image tokens join the text, each with keys of its own."""
     model = built(diffusers.WanTransformer3DModel, **_wan_config(layers), image_dim=14, added_kv_proj_dim=24)
     randn = Random()
@@ -50,9 +46,7 @@ def wan_i2v(
     )
 
 
-def wan_vace(
-    batch: int = 1, frames: int = 3, height: int = 4, width: int = 6, text: int = 7, layers: int = 2
-) -> Tiny:
+def wan_vace(batch: int = 1, frames: int = 3, height: int = 4, width: int = 6, text: int = 7, layers: int = 2) -> Tiny:
     """Wan VACE: a control video of the same grid runs through blocks of its own."""
     model = built(
         diffusers.WanVACETransformer3DModel,
@@ -109,9 +103,7 @@ def hunyuan_video(
     )
 
 
-def cogvideox(
-    batch: int = 2, frames: int = 3, height: int = 4, width: int = 6, text: int = 7, layers: int = 2
-) -> Tiny:
+def cogvideox(batch: int = 2, frames: int = 3, height: int = 4, width: int = 6, text: int = 7, layers: int = 2) -> Tiny:
     """CogVideoX: latents [batch, frames, 4, 2 height, 2 width], RoPE tables as inputs, [text | video]."""
     model = built(
         diffusers.CogVideoXTransformer3DModel,
@@ -138,9 +130,7 @@ def cogvideox(
     )
 
 
-def ltx(
-    batch: int = 2, frames: int = 3, height: int = 4, width: int = 6, text: int = 7, layers: int = 2
-) -> Tiny:
+def ltx(batch: int = 2, frames: int = 3, height: int = 4, width: int = 6, text: int = 7, layers: int = 2) -> Tiny:
     """LTX-Video: packed latents [batch, tokens, 16], RoPE in the graph, a text padding mask."""
     model = built(
         diffusers.LTXVideoTransformer3DModel,
@@ -167,9 +157,7 @@ def ltx(
     )
 
 
-def mochi(
-    batch: int = 2, frames: int = 3, height: int = 4, width: int = 6, text: int = 7, layers: int = 2
-) -> Tiny:
+def mochi(batch: int = 2, frames: int = 3, height: int = 4, width: int = 6, text: int = 7, layers: int = 2) -> Tiny:
     """Mochi: learned RoPE frequencies, text tokens selected by their mask for each sample."""
     model = built(
         diffusers.MochiTransformer3DModel,
@@ -221,9 +209,7 @@ def kandinsky5(
     )
 
 
-def cosmos(
-    batch: int = 1, frames: int = 3, height: int = 4, width: int = 6, text: int = 7, layers: int = 2
-) -> Tiny:
+def cosmos(batch: int = 1, frames: int = 3, height: int = 4, width: int = 6, text: int = 7, layers: int = 2) -> Tiny:
     """Cosmos: patches flattened without a convolution, learned positions per axis."""
     model = built(
         diffusers.CosmosTransformer3DModel,
@@ -248,9 +234,7 @@ def cosmos(
     )
 
 
-def latte(
-    batch: int = 1, frames: int = 3, height: int = 8, width: int = 8, text: int = 7, layers: int = 2
-) -> Tiny:
+def latte(batch: int = 1, frames: int = 3, height: int = 8, width: int = 8, text: int = 7, layers: int = 2) -> Tiny:
     """Latte: blocks attend over space and over time in turn, regrouping tokens in between."""
     model = built(
         diffusers.LatteTransformer3DModel,
@@ -277,9 +261,7 @@ def latte(
     )
 
 
-def allegro(
-    batch: int = 1, frames: int = 3, height: int = 4, width: int = 6, text: int = 7, layers: int = 2
-) -> Tiny:
+def allegro(batch: int = 1, frames: int = 3, height: int = 4, width: int = 6, text: int = 7, layers: int = 2) -> Tiny:
     """Allegro: RoPE positions as inputs, a video padding mask, cross-attention."""
     model = built(
         diffusers.AllegroTransformer3DModel,
@@ -298,9 +280,7 @@ def allegro(
     randn = Random()
     tokens = frames * height * width
     positions = [torch.arange(n) for n in (frames, height, width)]
-    grids = torch.stack([g.reshape(-1) for g in torch.meshgrid(*positions, indexing="ij")]).reshape(
-        3, 1, tokens
-    )
+    grids = torch.stack([g.reshape(-1) for g in torch.meshgrid(*positions, indexing="ij")]).reshape(3, 1, tokens)
     tables = tuple((randn(n, 8), randn(n, 8)) for n in (frames, height, width))
     mask = torch.ones(batch, frames, 2 * height, 2 * width)
     mask[-1, ..., -2:] = 0

@@ -54,9 +54,7 @@ class InDouble(fx.Interpreter):
 
     def call_function(self, target, args, kwargs):
         if not isinstance(target, torch._ops.OpOverload):
-            return (
-                super().call_function(target, args, kwargs) if target is operator.getitem else None
-            )  # autocast
+            return super().call_function(target, args, kwargs) if target is operator.getitem else None  # autocast
         args, kwargs = tree_map(_wide_dtype, (args, kwargs))
         return _widened(target(*args, **kwargs))
 
@@ -109,9 +107,7 @@ def assert_links_hold(signature: Signature, links: tuple[Link, ...], inputs: lis
         moved = [shuffled(x, k, link, order) for k, x in enumerate(inputs)]
         expected = [shuffled(x, ~k, link, order) for k, x in enumerate(plain)]
         for got, want in zip(evaluate(signature, moved), expected):
-            torch.testing.assert_close(
-                got, want, rtol=1e-9, atol=1e-9, equal_nan=True, msg=f"{signature} {link}"
-            )
+            torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-9, equal_nan=True, msg=f"{signature} {link}")
     return len(links)
 
 

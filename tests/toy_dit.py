@@ -33,7 +33,9 @@ class Block(nn.Module):
 
     def forward(self, x, c):
         shift, scale, gate = self.modulation(F.silu(c))[:, None].chunk(3, -1)
-        q, k, v = self.qkv(self.norm1(x) * (1 + scale) + shift).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        q, k, v = (
+            self.qkv(self.norm1(x) * (1 + scale) + shift).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        )
         x = x + gate * self.out(self.attend(q, k, v).transpose(1, 2).flatten(2))
         return x + self.mlp(self.norm2(x))
 

@@ -58,9 +58,7 @@ def paint_sky(scene, x, y, pixel):
     glow = torch.exp(-distance * (7 - 2.5 * low)) * 0.65 * sun + torch.exp(-distance * 10) * 0.35 * moon
     warm = mix(rgb(1.0, 0.96, 0.78, x), rgb(1.0, 0.80, 0.45, x), low)
     picture = paint(picture, glow, mix(warm, rgb(0.75, 0.80, 0.95, x), moon))
-    picture = paint(
-        picture, cover(distance - 0.062 - 0.022 * low, pixel) * sun, mix(warm, rgb(1.0, 1.0, 0.9, x), 0.6)
-    )
+    picture = paint(picture, cover(distance - 0.062 - 0.022 * low, pixel) * sun, mix(warm, rgb(1.0, 1.0, 0.9, x), 0.6))
     crescent = torch.maximum(distance - 0.075, 0.062 - circle(dx - 0.036, dy + 0.018, 0.0))
     picture = paint(picture, cover(crescent, pixel) * moon, rgb(0.97, 0.96, 0.86, x))
 
@@ -185,15 +183,11 @@ def field(picture, scene, x, y, pixel, haze, light):
     """Rows of flowers that meet at the horizon."""
     picture = _far_hills(picture, scene, x, y, pixel, haze, light)
     depth = (y - HORIZON).clamp(min=0.004)
-    u = (x - 0.5 + 0.6 * (column(scene.noise[:, 0]) - 0.5)) / (depth + 0.03) * 0.55 + column(
-        scene.noise[:, 1]
-    )
+    u = (x - 0.5 + 0.6 * (column(scene.noise[:, 0]) - 0.5)) / (depth + 0.03) * 0.55 + column(scene.noise[:, 1])
     rows = stripes(u, 0.35 + 0.55 * pixel / (depth + 0.03))
     flowers = lookup(COLOUR_TABLE, scene.ground_colour)
     # A green field is a crop on brown earth, every other one stands in green.
-    between = mix(
-        rgb(0.22, 0.42, 0.16, x), rgb(0.38, 0.27, 0.16, x), column(scene.ground_colour == 3).float()
-    )
+    between = mix(rgb(0.22, 0.42, 0.16, x), rgb(0.38, 0.27, 0.16, x), column(scene.ground_colour == 3).float())
     colour = mix(between, flowers, rows) * (0.92 + 0.16 * rows) * light
     colour = mix(colour, haze, torch.exp(-depth * 14) * 0.55)
     return paint(picture, cover(HORIZON - y + 0 * x, pixel), colour)

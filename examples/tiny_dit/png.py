@@ -22,10 +22,7 @@ def save_grid(
 ) -> None:
     """Write pictures [batch, 3, height, width] side by side, each over its label if `labels` are given."""
     images = [to_image(picture) for picture in pictures]
-    images = [
-        image.resize((image.width * scale, image.height * scale), Image.Resampling.BICUBIC)
-        for image in images
-    ]
+    images = [image.resize((image.width * scale, image.height * scale), Image.Resampling.BICUBIC) for image in images]
     gap, line = 4, 16 if labels else 0
     width, height = images[0].width + gap, images[0].height + gap + line
     rows = math.ceil(len(images) / columns)
@@ -39,14 +36,10 @@ def save_grid(
     sheet.save(path, optimize=True)
 
 
-def save_curve(
-    points: list[tuple[float, float]], path: str | Path, title: str, x_name: str, y_name: str
-) -> None:
+def save_curve(points: list[tuple[float, float]], path: str | Path, title: str, x_name: str, y_name: str) -> None:
     """Write a curve of (x, y) points, y on a logarithmic axis."""
     width, height, left, right, top, bottom = 720, 400, 64, 20, 34, 46
-    sheet = Image.new(
-        "RGB", (2 * width, 2 * height), "white"
-    )  # drawn at double size, then shrunk: smooth lines
+    sheet = Image.new("RGB", (2 * width, 2 * height), "white")  # drawn at double size, then shrunk: smooth lines
     draw = ImageDraw.Draw(sheet)
     xs, ys = [x for x, _ in points], [math.log10(y) for _, y in points]
     low_x, high_x, low_y, high_y = min(xs), max(xs), min(ys) - 0.03, max(ys) + 0.03
@@ -54,9 +47,7 @@ def save_curve(
     def at(x, y):
         across = (x - low_x) / max(high_x - low_x, 1e-9)
         up = (y - low_y) / max(high_y - low_y, 1e-9)
-        return 2 * (left + across * (width - left - right)), 2 * (
-            height - bottom - up * (height - top - bottom)
-        )
+        return 2 * (left + across * (width - left - right)), 2 * (height - bottom - up * (height - top - bottom))
 
     for mark in (m * 10.0**e for e in range(-4, 2) for m in (1, 1.5, 2, 3, 5, 7)):
         if low_y <= math.log10(mark) <= high_y:

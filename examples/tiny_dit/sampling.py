@@ -53,9 +53,7 @@ def load_model(
     return model.to(device).eval().requires_grad_(False)
 
 
-def condition(
-    text_tokens: torch.Tensor, height: int = 160, width: int = 160, spacing: float = 1.0
-) -> Conditioning:
+def condition(text_tokens: torch.Tensor, height: int = 160, width: int = 160, spacing: float = 1.0) -> Conditioning:
     """Conditioning from text tokens [batch, TEXT_TOKENS, VOCABULARY], on their device and in their dtype.
 
     `spacing` is the distance in ids from one patch to the next. At 2 a picture of half the size spans the
@@ -74,9 +72,7 @@ def condition(
     )
 
 
-def prepare(
-    captions: list[str], model: FluxTransformer2DModel, height: int = 160, width: int = 160
-) -> Conditioning:
+def prepare(captions: list[str], model: FluxTransformer2DModel, height: int = 160, width: int = 160) -> Conditioning:
     """Conditioning from captions (see `words`), on the model's device and in its dtype."""
     return condition(encode_captions(captions).to(model.device, model.dtype), height, width)
 
@@ -147,7 +143,5 @@ def unpack(tokens: torch.Tensor, height: int = 160, width: int = 160) -> torch.T
 
 def _grid(height: int, width: int) -> tuple[int, int]:
     if height % PATCH or width % PATCH:
-        raise ValueError(
-            f"a picture of {height}x{width} pixels does not divide into patches of {PATCH}x{PATCH}"
-        )
+        raise ValueError(f"a picture of {height}x{width} pixels does not divide into patches of {PATCH}x{PATCH}")
     return height // PATCH, width // PATCH

@@ -89,11 +89,7 @@ class Scenes:
 
 def to_device(value: torch.Tensor, device: str | torch.device) -> torch.Tensor:
     """Copy from the CPU without waiting for the device: only page-locked memory allows that."""
-    return (
-        value.pin_memory().to(device, non_blocking=True)
-        if torch.device(device).type == "cuda"
-        else value.to(device)
-    )
+    return value.pin_memory().to(device, non_blocking=True) if torch.device(device).type == "cuda" else value.to(device)
 
 
 def sample_scenes(count: int, generator: torch.Generator) -> Scenes:
@@ -144,9 +140,7 @@ def sample_scenes(count: int, generator: torch.Generator) -> Scenes:
     present = torch.arange(k) < number[:, None]
     # Drawing order: balloons, then far, then near; empty places last.
     order = (depth + 1 - 2 * flying.long() + 9 * (~present).long()).argsort(dim=1)
-    column, kind, depth, flying, present = (
-        x.gather(1, order) for x in (column, kind, depth, flying, present)
-    )
+    column, kind, depth, flying, present = (x.gather(1, order) for x in (column, kind, depth, flying, present))
 
     colour_table = torch.tensor([COLOUR_WEIGHTS.get(name, (1,) * len(COLOURS)) for name in KINDS])
     colour = weighted(colour_table.float()[kind])

@@ -88,9 +88,9 @@ def polygon(x, y, *corners: tuple[float, float]):
 def stripes(phase, width):
     """0 and 1 by turns, a pair per unit of phase; `width` is the phase that a pixel spans (wide: 0.5)."""
     triangle = (phase - phase.floor() - 0.5).abs() * 2 - 0.5  # from -0.5 to 0.5 and back
-    return (0.5 + triangle / (2 * width).clamp(min=1e-4)).clamp(0, 1) * smooth(
-        0.9, 0.3, width
-    ) + 0.5 * smooth(0.3, 0.9, width)
+    return (0.5 + triangle / (2 * width).clamp(min=1e-4)).clamp(0, 1) * smooth(0.9, 0.3, width) + 0.5 * smooth(
+        0.3, 0.9, width
+    )
 
 
 def checker(u, v, width_u, width_v):

@@ -150,7 +150,9 @@ def test_cpp(tmp_path, flags):
     source, library = tmp_path / "cases.cpp", tmp_path / "cases.so"
     source.write_text("#include <algorithm>\n#include <cmath>\n" + "\n".join(bodies))
     compiled = tmp_path / "cases.o"
-    subprocess.run(["g++", "-O2", "-Wall", "-Werror", *flags, "-fPIC", "-c", str(source), "-o", str(compiled)], check=True)
+    subprocess.run(
+        ["g++", "-O2", "-Wall", "-Werror", *flags, "-fPIC", "-c", str(source), "-o", str(compiled)], check=True
+    )
     # A link that is told -ffast-math would set flush-to-zero for this whole process (gcc before 13).
     subprocess.run(["g++", "-shared", str(compiled), "-o", str(library)], check=True)
     loaded = ctypes.CDLL(str(library))

@@ -52,7 +52,12 @@ def test_a_pure_graph_writes_nothing_and_keeps_composite_ops_whole():
     model, x = Plain().eval(), torch.randn(2, 5, 8)
     (gm,) = capture(model, x)
     found = targets(gm)
-    for whole in (aten.linear.default, aten.scaled_dot_product_attention.default, aten.gelu.default, aten.layer_norm.default):
+    for whole in (
+        aten.linear.default,
+        aten.scaled_dot_product_attention.default,
+        aten.gelu.default,
+        aten.layer_norm.default,
+    ):
         assert found.count(whole) == 1
     assert aten.copy_.default not in found
     assert all("val" in node.meta for node in gm.graph.nodes if node.op == "call_function")

@@ -57,7 +57,10 @@ def test_with_no_column_kept_the_caches_are_the_output():
     gm, treatments = prepare(kept=(0, 0))
     delta = lower(gm, treatments, "delta")
     assert count(delta, *OPS[:2], *OPS[4:]) == (0, 0, 0, 0, 0)
-    assert {t.name.rpartition("_")[0] for t in lift_state(treatments) if t.scope == "stream"} == {"o_cache", "out_cache"}
+    assert {t.name.rpartition("_")[0] for t in lift_state(treatments) if t.scope == "stream"} == {
+        "o_cache",
+        "out_cache",
+    }
 
 
 def test_both_programs_take_the_same_state_behind_the_inputs():

@@ -53,7 +53,7 @@ def find(model, *args, min_tokens: int = 1, **kwargs):
 def assert_computes(site, run: Recorded) -> None:
     """down(region(up(x))) in float64, from the site's nodes alone, is what the site's node computed."""
     value = {n: v.double() for n, v in run.values.items() if isinstance(v, torch.Tensor) and not v.is_complex()}
-    bias = lambda p: 0.0 if p.bias is None else value[p.bias]  # noqa: E731
+    bias = lambda p: 0.0 if p.bias is None else value[p.bias]
     x = value[site.input].reshape(site.batch, site.tokens, site.in_features)
     hidden = [x @ value[p.weight].mT + bias(p) for p in site.up]
     assert all(h.shape == (site.batch, site.tokens, site.hidden) for h in hidden)

@@ -60,11 +60,7 @@ def where(plan) -> list[tuple[str, str]]:
     out = []
     for gather in plan.gathers:
         undo = plan.layouts[gather.steps[0][1]].moves[0][2]
-        op = (
-            gather.value.op
-            if gather.value.op == "placeholder"
-            else gather.value.target.__name__.split(".")[0]
-        )
+        op = gather.value.op if gather.value.op == "placeholder" else gather.value.target.__name__.split(".")[0]
         out.append((op, "out" if undo else "in"))
     return out
 
@@ -89,9 +85,7 @@ def test_what_carries_positions_moves_with_the_tokens():
         return self_attention((h + table) * modulation, w, mask[:, None, None, :])
 
     mask = torch.rand(4, TOKENS) > 0.3
-    plan, _ = permuted(
-        model, X(4, TOKENS, 2), X(4, TOKENS, 1), X(TOKENS, DIM), mask, X(DIM, 2), X(3 * DIM, DIM)
-    )
+    plan, _ = permuted(model, X(4, TOKENS, 2), X(4, TOKENS, 1), X(TOKENS, DIM), mask, X(DIM, 2), X(3 * DIM, DIM))
     assert where(plan).count(("placeholder", "in")) == 4 and len(plan.gathers) == 5
 
 
@@ -114,9 +108,7 @@ def test_joint_sequences_in_either_order(image_first):
     def model(x, text, w1, w2):
         joint = torch.cat([x, text] if image_first else [text, x], 1)
         joint = self_attention(joint, w1)
-        image, text = (
-            (joint[:, :TOKENS], joint[:, TOKENS:]) if image_first else (joint[:, TEXT:], joint[:, :TEXT])
-        )
+        image, text = (joint[:, :TOKENS], joint[:, TOKENS:]) if image_first else (joint[:, TEXT:], joint[:, :TEXT])
         joint = self_attention(torch.cat([text, image], 1), w2)  # and then in the other order
         return joint[:, TEXT:]
 
@@ -275,9 +267,7 @@ def test_walls_that_cost_more_than_order_is_worth():
 
 
 def test_causal_attention_is_a_wall_itself():
-    _, sites, plan = plan_of(
-        lambda x, w: self_attention(x, w, causal=True), X(2, TOKENS, DIM), X(3 * DIM, DIM)
-    )
+    _, sites, plan = plan_of(lambda x, w: self_attention(x, w, causal=True), X(2, TOKENS, DIM), X(3 * DIM, DIM))
     assert plan.reason is Reason.WALLED_IN
 
 
@@ -289,9 +279,7 @@ def test_an_mlp_is_never_cut_in_two():
         nodes = list(gm.graph.nodes)
         first, last = [node for node in nodes if node.target is torch.ops.aten.linear.default][-2:]
         weights = Projection(first.args[1], None), Projection(last.args[1], None)
-        return [
-            MlpSite(last, "mlp", first.args[0], weights[:1], weights[1], "relu(h0)", 2, TOKENS, DIM, 1, DIM)
-        ]
+        return [MlpSite(last, "mlp", first.args[0], weights[:1], weights[1], "relu(h0)", 2, TOKENS, DIM, 1, DIM)]
 
     inputs = X(2, TOKENS, DIM), X(3 * DIM, DIM), X(1, DIM), X(DIM, 1)
     plan, _ = permuted(model, *inputs)

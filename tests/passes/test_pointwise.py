@@ -132,10 +132,7 @@ def test_read(name, regions):
     truth = READ[name](*hidden).double()
     # Linears are numbered by the region's reading order, not the function's: the second may come first.
     order = sorted(range(len(region.hidden)), key=lambda i: _position(region.hidden[i]))
-    if len(order) == 1:
-        arguments = hidden[:1]
-    else:
-        arguments = [hidden[order.index(i)] for i in range(2)]
+    arguments = [hidden[order.index(i)] for i in range(len(order))]
     result = evaluate(region.text, arguments)
     tolerance = 1e-6 if name == "casts" else 1e-8  # softplus has torch's threshold, its casts are real
     torch.testing.assert_close(result.reshape(truth.shape), truth, rtol=tolerance, atol=tolerance)

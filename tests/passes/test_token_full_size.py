@@ -13,10 +13,7 @@ QUICK = ("wan", "cogvideox")
 
 @pytest.mark.parametrize(
     "name",
-    [
-        name if name in QUICK else pytest.param(name, marks=pytest.mark.slow)
-        for name in json.loads(GOLDEN.read_text())
-    ],
+    [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in json.loads(GOLDEN.read_text())],
 )
 def test_the_cut_is_where_it_was(name):
     found = json.loads(json.dumps(survey(name)))

@@ -21,7 +21,7 @@ def test_every_order_is_a_permutation_in_chunks(grid, chunk, kind):
     order, lengths = token_order(grid, chunk, kind)
     tokens = grid[0] * grid[1] * grid[2]
     assert torch.equal(order.sort().values, torch.arange(tokens)) and order.dtype == torch.int64
-    assert sum(lengths) == tokens and 0 < min(lengths) and max(lengths) <= chunk
+    assert sum(lengths) == tokens and min(lengths) > 0 and max(lengths) <= chunk
 
 
 @settings(max_examples=100, deadline=None)
@@ -55,11 +55,7 @@ def test_the_hilbert_curve_steps_to_a_neighbour(grid):
 
 
 def test_chunks_of_a_line():
-    assert (
-        chunk_lengths(130, 64) == (64, 64, 2)
-        and chunk_lengths(128, 64) == (64, 64)
-        and chunk_lengths(5, 64) == (5,)
-    )
+    assert chunk_lengths(130, 64) == (64, 64, 2) and chunk_lengths(128, 64) == (64, 64) and chunk_lengths(5, 64) == (5,)
 
 
 @pytest.mark.parametrize(

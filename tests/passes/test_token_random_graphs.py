@@ -160,9 +160,7 @@ def test_thousands_of_graphs(recipe, seed):
 
 def test_most_random_graphs_are_permuted():
     rng = random.Random(0)
-    recipes = [
-        [(rng.choice(NAMES), *(rng.randrange(10) for _ in "ijk")) for _ in range(8)] for _ in range(40)
-    ]
+    recipes = [[(rng.choice(NAMES), *(rng.randrange(10) for _ in "ijk")) for _ in range(8)] for _ in range(40)]
     assert sum(map(check, recipes)) >= 30
 
 

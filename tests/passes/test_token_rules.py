@@ -48,14 +48,8 @@ def call(overload: str, *args, **kwargs) -> tuple[Call | None, list[torch.Tensor
 # One call or more of every overload in the table: (overload, arguments, keyword arguments).
 SAMPLES = [
     # pointwise by name
-    *(
-        (name, (X(2, 5, 3),), {})
-        for name in ("alias", "detach", "contiguous", "absolute", "negative", "hardswish")
-    ),
-    *(
-        (name, (X(2, 5, 3),), {})
-        for name in ("lift_fresh_copy", "log_sigmoid", "special_expit", "conj", "resolve_neg")
-    ),
+    *((name, (X(2, 5, 3),), {}) for name in ("alias", "detach", "contiguous", "absolute", "negative", "hardswish")),
+    *((name, (X(2, 5, 3),), {}) for name in ("lift_fresh_copy", "log_sigmoid", "special_expit", "conj", "resolve_neg")),
     ("_to_copy", (X(2, 5, 3),), {"dtype": torch.float32}),
     ("to.dtype", (X(2, 5), torch.float32), {}),
     ("to.device", (X(2, 5), "cpu", torch.float32), {}),
@@ -133,18 +127,12 @@ SAMPLES = [
     ("convolution", (X(2, 3, 6), X(4, 3, 1), None, [1], [0], [1], False, [0], 1), {}),
     ("convolution", (X(2, 3, 6), X(3, 4, 1), None, [1], [0], [1], True, [0], 1), {}),
     # reductions and norms
-    *(
-        (name, (X(4, 5, 3),), {})
-        for name in ("sum", "mean", "amax", "amin", "std", "var", "prod", "max", "min")
-    ),
+    *((name, (X(4, 5, 3),), {}) for name in ("sum", "mean", "amax", "amin", "std", "var", "prod", "max", "min")),
     *((name, (B(4, 5, 3),), {}) for name in ("any", "all")),
     ("logsumexp", (X(4, 5, 3), [1]), {}),
     ("linalg_vector_norm", (X(4, 5, 3), 2, [1], True), {}),
     ("linalg_vector_norm", (X(4, 5, 3),), {}),
-    *(
-        (name, (X(4, 5, 3), [-2]), {})
-        for name in ("sum.dim_IntList", "mean.dim", "std.dim", "var.dim", "amax")
-    ),
+    *((name, (X(4, 5, 3), [-2]), {}) for name in ("sum.dim_IntList", "mean.dim", "std.dim", "var.dim", "amax")),
     *((name, (X(4, 5, 3), [0, 2], True), {}) for name in ("sum.dim_IntList", "mean.dim", "amin")),
     ("sum.dim_IntList", (X(4, 5), None), {}),
     *((name, (X(4, 5, 3), [1]), {"correction": 0}) for name in ("std.correction", "var.correction")),
@@ -186,10 +174,7 @@ SAMPLES = [
     ("upsample_nearest2d.vec", (X(5, 3, 6, 4), [12, 8], None), {}),
     ("upsample_nearest3d.vec", (X(5, 3, 2, 6, 4), [4, 12, 8], None), {}),
     *((f"upsample_{kind}2d", (X(5, 3, 6, 4), [12, 8], False), {}) for kind in ("bilinear", "bicubic")),
-    *(
-        (f"upsample_{kind}2d.vec", (X(5, 3, 6, 4), [12, 8], False, None), {})
-        for kind in ("bilinear", "bicubic")
-    ),
+    *((f"upsample_{kind}2d.vec", (X(5, 3, 6, 4), [12, 8], False, None), {}) for kind in ("bilinear", "bicubic")),
     ("pixel_shuffle", (X(5, 2, 8, 3, 3), 2), {}),
     ("pixel_unshuffle", (X(5, 2, 4, 4), 2), {}),
     # shapes
@@ -291,9 +276,7 @@ def _positions(span: Span) -> range:
 
 
 def test_no_rule_without_a_sample():
-    sampled = {
-        getattr(getattr(aten, o.partition(".")[0]), o.partition(".")[2] or "default") for o, _, _ in SAMPLES
-    }
+    sampled = {getattr(getattr(aten, o.partition(".")[0]), o.partition(".")[2] or "default") for o, _, _ in SAMPLES}
     assert not set(RULES) - sampled
 
 
