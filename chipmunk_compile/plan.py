@@ -155,7 +155,7 @@ def _permute(canonical, sites, axes: TokenAxes, inputs: Inputs, config: Config) 
         if plan.reason is Reason.GRID_MISMATCH:
             tokens = ", ".join(map(str, plan.detail["tokens"]))
             raise OptionError(
-                f"grid={config.grid} makes {prod(config.grid)} tokens; the model's attention runs over {tokens} "
+                f"grid={config.grid} makes {prod(config.grid)} tokens; the model's attention runs over {tokens} tokens "
                 "(image and text together): give the frames, rows and columns of the image tokens, or no grid"
             )
         return plan

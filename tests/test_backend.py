@@ -250,6 +250,19 @@ def test_bad_options_fail_when_the_model_is_called_and_say_why():
     assert isinstance(caught.value.inner_exception, OptionError)
 
 
+def test_a_grid_that_does_not_fit_names_the_tokens_there_are():
+    """TOKENS is 63 and TEXT 5: 8 x 8 patches cannot be meant. A grid that fits is taken, and changes no output."""
+    model, loop = toy(), Loop()
+    compiled, _ = compile_toy(model, grid=(1, 8, 8))
+    with pytest.raises(Exception, match=r"grid=\(1, 8, 8\) makes 64 tokens; .* over 68 tokens") as caught:
+        loop.run(compiled)
+    assert isinstance(caught.value.inner_exception, OptionError)
+    assert calls("dense", "refresh", "delta", "compiles") == (0, 0, 0, 0), "nothing is half compiled"
+    torch._dynamo.reset()
+    compiled, _ = compile_toy(model, grid=(1, 7, 9), **EXACT)
+    assert worst(loop.run(compiled), loop.run(model)) < 1e-5
+
+
 class Counting(torch.nn.Module):
     """Writes a buffer and an input in place, and returns a view of an input."""
 
