@@ -17,7 +17,7 @@ from torch.nn.attention import SDPBackend
 
 from . import reference, tuning
 from .codegen import kernel, parts
-from .launch import copies_16_bytes, launch, multiprocessors, precision, runs_hopper, with_rows
+from .launch import attempt, copies_16_bytes, launch, multiprocessors, precision, runs_hopper, with_rows
 
 LEVEL_BYTES = 128 << 20  # the most that the levels of keys take at once, where those of one head take less
 LEVELS = 127
@@ -54,8 +54,9 @@ def _attend(query, key, value, key_mask, chunk_starts, base, columns, counts, ou
     """out = base, plus or minus softmax over the chosen columns alone @ V."""
     query, key, value = with_rows(query), with_rows(key), with_rows(value)
     if key_mask is None and _suits_hopper(query, key, value, base, out):
-        _attend_hopper(query, key, value, chunk_starts, base, columns, counts, out, scale, chunk, sign)
-        return
+        site = (query, key, value, chunk_starts, base, columns, counts, out, scale, chunk)
+        if _attend_hopper(*site, sign):
+            return
     batch, heads, _, head_dim = query.shape
     mask = _as_rows(key_mask)
     tiles = tuning.attention_delta(query.dtype, head_dim, chunk, query.device)
@@ -86,8 +87,8 @@ def _suits_hopper(query, *others) -> bool:
     )
 
 
-def _attend_hopper(query, key, value, chunk_starts, base, columns, counts, out, scale, chunk, sign: str) -> None:
-    """As _attend, for tensors that suit."""
+def _attend_hopper(query, key, value, chunk_starts, base, columns, counts, out, scale, chunk, sign: str) -> bool:
+    """As _attend, for tensors that suit; False if the kernel cannot be had here."""
     batch, heads, _, head_dim = query.shape
     chunks = counts.shape[2]
     facts, tiles = tuning.attention_delta_hopper(head_dim, chunk)
@@ -97,7 +98,7 @@ def _attend_hopper(query, key, value, chunk_starts, base, columns, counts, out, 
     count = batch * heads * chunks * blocks
     programs = min(multiprocessors(query.device), count if facts["shared"] else -(-count // 2))
     redo = torch.empty(programs * 2 + batch * heads * chunks * halves, dtype=torch.int32, device=query.device)
-    launch(
+    return attempt(
         function, (programs,), query, key, value, chunk_starts, base, columns, counts, out, redo,
         *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *base.stride()[:3], *out.stride()[:3],
         count, blocks, chunks, heads, heads // key.shape[1], columns.shape[3], key.shape[2], scale, **tiles,

@@ -17,9 +17,7 @@ import torch.nn.functional as F
 from . import tuning
 from .codegen import kernel
 from .expression import lines_triton
-from .launch import copies_16_bytes, launch, multiprocessors, precision, runs_hopper, with_rows
-
-MOST_HIDDEN = 65536  # what one program can select from
+from .launch import attempt, copies_16_bytes, launch, multiprocessors, precision, runs_hopper, with_rows
 
 
 def mlp_delta(
@@ -65,11 +63,11 @@ def _choose_neurons(x, weights, biases, down_norm, sample_tokens, sample_cache, 
 
 
 def _suits_hopper(x, weights, down_t, act_cache, out_cache, chunk: int) -> bool:
-    """Whether the warp-specialised kernels take these tensors: tiles of 128 tokens, 64 inputs at a time."""
+    """Whether the warp-specialised kernels take these tensors: blocks of 128 tokens, 64 inputs at a time."""
     return (
         len(weights) <= 2
         and x.dtype in (torch.bfloat16, torch.float16)
-        and chunk % 128 == 0
+        and tuning.fits_128(chunk)
         and x.shape[2] % 64 == 0
         and runs_hopper(x)
         and copies_16_bytes(x, *weights, down_t, act_cache, out_cache)
@@ -83,15 +81,15 @@ def _up(x, weights, biases, chunk_starts, chosen, act_cache, region: str, chunk:
     tensors = (*weights, *biases, chunk_starts, chosen, act_cache)
     strides = (*x.stride()[:2], weights[0].stride(0), *act_cache.stride()[:2])
     if hopper:
-        blocks = chunk // 128
+        blocks = -(-chunk // 128)
         change = x.new_empty(rows, kept, blocks * 128)
         count = -(-kept // (256 // len(weights))) * rows * blocks
         wide = max(x.shape[1] * x.stride(1), *(w.shape[0] * w.stride(0) for w in weights)) >= 1 << 31
-        launch(
+        if attempt(
             kernel("mlp_up_hopper", **facts, wide=wide), (min(multiprocessors(x.device), count),), x, *tensors, change,
             *strides, count, chunks, rows, blocks, x.shape[1], width, kept, **tuning.mlp_hopper(),
-        )  # fmt: skip
-        return change
+        ):  # fmt: skip
+            return change
     tiles = tuning.mlp_up(x.dtype, chunk, len(weights), x.device)
     blocks = -(-chunk // tiles["BM"])
     change = x.new_empty(rows, kept, blocks * tiles["BM"])
@@ -108,15 +106,15 @@ def _down(change, down_t, chunk_starts, chosen, out_cache, chunk: int, hopper: b
     (rows, kept), chunks, (batch, tokens, out_features) = chosen.shape, chunk_starts.shape[0] - 1, out_cache.shape
     out = change.new_empty(batch, tokens, out_features)
     if hopper:
-        blocks = chunk // 128
+        blocks = -(-chunk // 128)
         count = -(-out_features // 256) * rows * blocks
         function = kernel("mlp_down_hopper", even=out_features % 256 == 0, wide=down_t.numel() >= 1 << 31)
-        launch(
+        if attempt(
             function, (min(multiprocessors(change.device), count),),
             change, down_t, chunk_starts, chosen, out_cache, out,
             count, chunks, rows, blocks, tokens, out_features, kept, **tuning.mlp_hopper(),
-        )  # fmt: skip
-        return out
+        ):  # fmt: skip
+            return out
     tiles = tuning.mlp_down(change.dtype, chunk, change.device)
     blocks = change.shape[2] // tiles["BM"]
     function = kernel("mlp_down", even=out_features % tiles["BO"] == 0, precision=precision(change.dtype))

@@ -3,20 +3,38 @@
 from __future__ import annotations
 
 import functools
+import logging
 
 import torch
 
+log = logging.getLogger("chipmunk_compile")
+
+_refused: set[str] = set()  # kernels that the compiler or the GPU did not take
+
 
 def runs_triton(tensor: torch.Tensor) -> bool:
-    """Whether printed kernels take tensors like this one: 16 or 32-bit floats on an NVIDIA GPU of capability 8.0 or up.
+    """Whether printed kernels take tensors like this one."""
+    return why_no_triton(tensor.dtype, tensor.device) is None
 
-    On a CPU they run in Triton's interpreter (TRITON_INTERPRET=1), for tests.
+
+@functools.cache
+def why_no_triton(dtype: torch.dtype, device: torch.device) -> str | None:
+    """Why printed kernels do not take tensors like these; None if they do.
+
+    They take 16 and 32-bit floats on an NVIDIA GPU of compute capability 8.0 or up. On a CPU they run in Triton's
+    interpreter (TRITON_INTERPRET=1), for tests.
     """
-    if tensor.dtype not in (torch.bfloat16, torch.float16, torch.float32) or not _has_triton():
-        return False
-    if not tensor.is_cuda:
-        return True
-    return torch.version.hip is None and capability(tensor.device) >= (8, 0)
+    if dtype not in (torch.bfloat16, torch.float16, torch.float32):
+        return f"{dtype}; the kernels take bfloat16, float16 and float32"
+    if not _has_triton():
+        return "want of Triton: pip install triton"
+    if device.type != "cuda":
+        return None
+    if torch.version.hip is not None:
+        return "an AMD GPU: the kernels are written for NVIDIA's"
+    if capability(device) < (8, 0):
+        return f"a GPU of compute capability {'.'.join(map(str, capability(device)))}; the kernels need 8.0"
+    return None
 
 
 def runs_hopper(tensor: torch.Tensor) -> bool:
@@ -45,6 +63,31 @@ def launch(function, grid: tuple[int, ...], *args, **config) -> None:
         return
     with torch.cuda.device(device):
         function[grid](*args, **config)
+
+
+def attempt(function, grid: tuple[int, ...], *args, **config) -> bool:
+    """launch(), or False where this Triton or this GPU does not take the kernel: said once, not tried again."""
+    name = function.__name__
+    if name in _refused:
+        return False
+    try:
+        launch(function, grid, *args, **config)
+    except Exception as error:
+        if not _is_refusal(error):
+            raise
+        _refused.add(name)
+        log.warning("%s was not compiled; a portable kernel runs instead: %s", name, str(error)[:300])
+        return False
+    return True
+
+
+def _is_refusal(error: Exception) -> bool:
+    """Whether nothing ran yet: the compiler failed, or the kernel asks for more than a multiprocessor has."""
+    from triton.compiler.errors import CompilationError
+    from triton.runtime import errors
+
+    kinds = (CompilationError, errors.OutOfResources, getattr(errors, "PTXASError", CompilationError))
+    return isinstance(error, kinds) or "PassManager" in str(error)
 
 
 def with_rows(tensor: torch.Tensor) -> torch.Tensor:

@@ -13,12 +13,17 @@ from __future__ import annotations
 import torch
 from torch.utils.flop_counter import register_flop_formula
 
-from . import cpu, reference
+from . import cpu, cuda, reference
 
 library = torch.library.Library("chipmunk", "DEF")
 
 # What runs where, by dispatch key: other devices run the meaning until they have kernels.
-IMPLEMENTATIONS = {"CPU": cpu, "CompositeExplicitAutograd": reference}
+IMPLEMENTATIONS = {"CPU": cpu, "CUDA": cuda, "CompositeExplicitAutograd": reference}
+
+
+def column_step(device: torch.device) -> int:
+    """Columns are best planned in multiples of this."""
+    return cuda.COLUMN_STEP if device.type == "cuda" else 1
 
 
 # --- what an op demands of its arguments: kernels take raw pointers, so this stands before every one ---

@@ -36,8 +36,8 @@ _overrides: dict[str, dict] = {}
 def attention_delta(dtype: torch.dtype, head_dim: int, chunk: int, device: torch.device) -> dict:
     """BM queries by BN columns; BT columns at the ragged end of a list."""
     bits, wide = dtype.itemsize * 8, _power(head_dim)
-    key = f"attention_delta {bits}-bit head_dim {wide} chunk {chunk}"
-    block = min(64, max(16, _power(chunk)))
+    key = f"attention_delta {bits}-bit head_dim {wide} chunk {_class(chunk)}"
+    block = min(64, _class(chunk))
     if bits == 32:
         small = wide > 128
         default = _tiles(4, 1, BM=min(block, 32 if small else 64), BN=16 if small else 32, BT=16 if small else 32)
@@ -58,7 +58,7 @@ def attention_scores(dtype: torch.dtype, head_dim: int, samples: int, device: to
 def mlp_up(dtype: torch.dtype, chunk: int, inputs: int, device: torch.device) -> dict:
     """BF neurons by BM tokens, BK inputs at a time, GROUP chunks side by side; finished in PIECES."""
     bits = dtype.itemsize * 8
-    key = f"mlp_up {bits}-bit chunk {chunk} inputs {inputs}"
+    key = f"mlp_up {bits}-bit chunk {_class(chunk)} inputs {inputs}"
     block = _block(chunk)
     if bits == 32 or inputs > 2:
         default = _tiles(4, 2, BM=min(block, 64), BF=32 if inputs > 1 else 64, BK=32, GROUP=32, PIECES=1)
@@ -73,7 +73,7 @@ def mlp_down(dtype: torch.dtype, chunk: int, device: torch.device) -> dict:
     BM divides the tokens that the change is packed for.
     """
     bits = dtype.itemsize * 8
-    key = f"mlp_down {bits}-bit chunk {chunk}"
+    key = f"mlp_down {bits}-bit chunk {_class(chunk)}"
     block = _block(chunk)
     if bits == 32:
         default = _tiles(4, 2, BM=min(block, 64), BO=64, BK=32, GROUP=32, PIECES=1)
@@ -87,7 +87,7 @@ def mlp_down(dtype: torch.dtype, chunk: int, device: torch.device) -> dict:
 
 def attention_delta_hopper(head_dim: int, chunk: int) -> tuple[dict, dict]:
     """What to print, and the tiles: BN columns to a buffer, K_STAGES and V_STAGES buffers to a ring."""
-    if chunk == 128:
+    if 64 < chunk <= 128:
         facts = {
             "shared": True,
             "turns": True,
@@ -208,9 +208,19 @@ def _tiles(num_warps: int, num_stages: int, **blocks: int) -> dict:
     return {**blocks, "num_warps": num_warps, "num_stages": num_stages}
 
 
+def fits_128(chunk: int) -> bool:
+    """Whether blocks of 128 tokens waste less than half a block: 65 to 128, 193 to 256, ..."""
+    return -chunk % 128 < 64
+
+
 def _block(chunk: int) -> int:
-    """Tokens of a tile: all of a chunk of 32, 64 or 128; 64 of one of 192."""
-    return 128 if chunk % 128 == 0 else min(64, max(16, _power(chunk)))
+    """Tokens of a tile: all of a chunk of up to 128; 64 of one of 192."""
+    return 128 if fits_128(chunk) else min(64, _class(chunk))
+
+
+def _class(chunk: int) -> int:
+    """The chunk whose tiles serve: patches of a grid make longest chunks of 60 or 126 tokens, say."""
+    return max(16, _power(chunk)) if chunk <= 128 else -(-chunk // 64) * 64
 
 
 def _power(n: int) -> int:

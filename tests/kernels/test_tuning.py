@@ -32,6 +32,15 @@ def test_without_a_gpu_the_defaults_answer():
     assert tiles["BM"] == 64 and tiles["num_warps"] == 4
 
 
+@pytest.mark.parametrize("chunk, like", [(60, 64), (126, 128), (100, 128), (120, 128), (17, 32), (180, 192)])
+def test_chunks_that_a_grid_cuts_short_take_the_tiles_of_whole_ones(chunk, like):
+    assert tuning.attention_delta(BF16, 128, chunk, CPU) == tuning.attention_delta(BF16, 128, like, CPU)
+    assert tuning.mlp_up(BF16, chunk, 1, CPU) == tuning.mlp_up(BF16, like, 1, CPU)
+    assert tuning.mlp_down(BF16, chunk, CPU) == tuning.mlp_down(BF16, like, CPU)
+    assert tuning.attention_delta_hopper(128, chunk) == tuning.attention_delta_hopper(128, like)
+    assert tuning.fits_128(chunk) == tuning.fits_128(like)
+
+
 def test_an_override_wins_and_ends():
     key = "mlp_down 16-bit chunk 128"
     before = tuning.mlp_down(BF16, 128, CPU)
@@ -83,7 +92,7 @@ def test_the_committed_table_holds_whole_tiles_of_known_classes():
 def test_changes_are_packed_for_the_tiles_that_read_them():
     """mlp_up writes blocks of BM tokens and mlp_down reads them, each with tiles of its own."""
     table = json.loads(tuning.COMMITTED.read_text())
-    for chunk in (32, 64, 128, 192, 256):
+    for chunk in (32, 60, 64, 126, 128, 192, 250):
         for dtype in (BF16, torch.float32):
             up = tuning.mlp_up(dtype, chunk, 1, CPU)["BM"]
             packed = -(-chunk // up) * up
