@@ -19,6 +19,7 @@ import torch
 from torch import fx
 
 from .canonical import clean
+from .collector import collector_paused
 from .naming import module_path
 from .reasons import Reason
 from .sites import AttentionSite, Declined, MlpSite
@@ -93,6 +94,7 @@ class PermutationPlan:
         return sum(gather.bytes for gather in self.gathers if not gather.fixed)
 
 
+@collector_paused()
 def plan_permutation(
     gm: fx.GraphModule,
     sites: Sequence[AttentionSite | MlpSite],

@@ -21,6 +21,7 @@ import torch
 from torch import fx
 
 from . import token_rules  # noqa: F401  (registers the rules)
+from .collector import collector_paused
 from .token_links import Call, Link, Span, call_of, is_element, shape_of
 
 ATTENTION = torch.ops.aten.scaled_dot_product_attention.default
@@ -223,6 +224,7 @@ class _Lines:
         return {value: tuple(map(freeze, dims)) for value, dims in self.ropes.items()}
 
 
+@collector_paused()
 def analyse_tokens(gm: fx.GraphModule) -> TokenAxes:
     """The token axes of every value of a canonical graph. Linear in the graph; no shapes are compared."""
     lines = _Lines()
