@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from .config import Config, OptionError
+    from .generations import generation
     from .passes.reasons import Reason
     from .programs import disabled
     from .report import Report, explain
-    from .state import generation
     from .telemetry import counters, reset
 
 _HOME = {
@@ -25,7 +25,7 @@ _HOME = {
     "counters": "telemetry",
     "disabled": "programs",
     "explain": "report",
-    "generation": "state",
+    "generation": "generations",
     "reset": "telemetry",
 }
 __all__ = sorted(_HOME)

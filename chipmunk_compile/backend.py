@@ -12,7 +12,7 @@ from torch import fx
 from . import telemetry
 from .config import Config
 from .plan import analyse
-from .programs import Runner
+from .programs import Runner, Timekeeper
 
 log = logging.getLogger(__name__)
 _warned_of_training = False
@@ -39,7 +39,9 @@ def chipmunk(
         log.debug("%s %s stays dense: %s %s", declined.kind, declined.name, declined.reason.value, declined.detail)
     if analysis.reason is not None:
         log.info("the graph goes to Inductor untouched: %s %s", analysis.reason.value, analysis.detail)
-        return _inductor(gm, example_inputs, config)
+        dense = _inductor(gm, example_inputs, config)
+        tells_time = analysis.inputs.timesteps and analysis.inputs.parameters
+        return Timekeeper(analysis.inputs, dense, config) if tells_time else dense
     return Runner(gm, analysis, config)
 
 

@@ -6,7 +6,7 @@ A *stream* is one sequence of calls with the same conditioning: guidance by two 
    pipeline makes new objects at every step, equal fingerprints stand in for it;
 2. order: the timestep moves one way within a stream; a move against it, or a leap, is a new generation;
 3. continuity: between two steps the latents change a little; another noise is a new generation;
-4. counting, when `steps` (and `streams`) are given outright.
+4. counting, when `steps` (and `streams`) are given outright (counting.py).
 
 Evidence that is missing or contradicts itself makes the call `fresh`: everything is recomputed. It never means guess.
 """
@@ -16,18 +16,14 @@ from __future__ import annotations
 import math
 import weakref
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
-import torch
-
 from . import telemetry
+from .evidence import Evidence, Fingerprint, Inputs, Reader
 
 # A step this many times longer than the one before is no step of the same schedule. Schedules in use stay below 2.
 TIME_LEAP = 4.0
-# Latents that changed by this share of their norm in one step are others: independent noise differs by 1.4, a step of
-# a 4-step schedule by up to 0.5.
-LATENT_LEAP = 1.0
 # Steps in a row at which the latents leaped and all else went on, until their leaping counts for nothing: some loops
 # (profiling, tests) hand over new noise at every step.
 RESTLESS = 2
@@ -35,44 +31,6 @@ RESTLESS = 2
 MAX_STREAMS = 8
 # Calls that are remembered to learn which inputs recur.
 MEMORY = 16
-
-Inputs = Sequence[torch.Tensor]
-Fingerprint = tuple[float, ...]
-Reader = Callable[[Sequence[int]], tuple[float, dict[int, Fingerprint]]]
-
-
-def _version(tensor: torch.Tensor) -> int:
-    """Moves when the tensor is written in place: a static buffer that is filled anew is another input."""
-    return 0 if tensor.is_inference() else tensor._version
-
-
-class Evidence:
-    """One call: its time, and for each input the object (weakly), its version and its fingerprint."""
-
-    def __init__(self, inputs: Inputs, on_death: Callable[[int], Callable] | None = None) -> None:
-        self.time = math.nan
-        self.objects = [weakref.ref(t, on_death(p) if on_death else None) for p, t in enumerate(inputs)]
-        self.versions = [_version(t) for t in inputs]
-        self.prints: dict[int, Fingerprint] = {}
-
-    def __len__(self) -> int:
-        return len(self.objects)
-
-    def same_object(self, other: Evidence, position: int) -> bool:
-        if position >= len(other) or position >= len(self):
-            return False
-        mine = self.objects[position]()
-        return (
-            mine is not None
-            and mine is other.objects[position]()
-            and self.versions[position] == other.versions[position]
-        )
-
-    def same(self, other: Evidence, position: int) -> bool:
-        if self.same_object(other, position):
-            return True
-        mine = self.prints.get(position)
-        return mine is not None and mine == other.prints.get(position)
 
 
 @dataclass(eq=False)
@@ -86,6 +44,8 @@ class Stream:
     step: int = -1
     stride: float = 0.0  # last move of the time that was not zero; its sign is the direction
     steady: set[int] | None = None  # positions that never changed in this stream
+    history: list[dict[int, Fingerprint]] = field(default_factory=list)  # of each step, where content is compared
+    settled: bool = False  # the inputs moved by small steps, once at least
     dead: bool = False
 
     @property
@@ -94,7 +54,7 @@ class Stream:
 
     def restart(self, generation: int) -> None:
         """The stream of the next generation, in the same memory."""
-        self.generation, self.last, self.steady = generation, None, None
+        self.generation, self.last, self.steady, self.history, self.settled = generation, None, None, [], False
         self.programs.clear()
         for state in self.states.values():
             state.filled = False
@@ -144,53 +104,6 @@ class Clock:
         telemetry.count("generations")
 
 
-class CountedClock(Clock):
-    """Steps and streams said outright: calls are counted and nothing is read from the device.
-
-    Identity still guards the count: a stream whose steady inputs change has begun another generation.
-    """
-
-    def __init__(self, steps: int | None, streams: int) -> None:
-        super().__init__()
-        self.steps, self.per_step, self._calls = steps, streams, 0
-
-    def tick(self, inputs: Inputs, read: Reader) -> Tick:
-        index, step = self._calls % self.per_step, self._calls // self.per_step
-        self.live = [s for s in self.live if not s.dead]
-        lost = index < self._calls and index >= len(self.live)  # released in mid-generation
-        evidence = Evidence(inputs)
-        if self._calls == 0 or lost or self._broken_off(index, evidence):
-            self._calls = index = step = 0
-            self._next_generation()
-            for stream in self.live:
-                stream.restart(self.generation)
-        if index == len(self.live):
-            self._stream()
-        stream = self.live[index]
-        stream.last, stream.step = evidence, step
-        self._calls += 1
-        self.now = Tick(stream, step, fresh=step == 0)
-        return self.now
-
-    def finish(self) -> None:
-        """After a forward: the last one of a generation frees its state."""
-        if self.steps is not None and self._calls >= self.steps * self.per_step:
-            self._calls = 0
-            self.release()
-
-    def release(self) -> None:
-        super().release()
-        self._calls = 0
-
-    def _broken_off(self, index: int, evidence: Evidence) -> bool:
-        if index >= len(self.live) or self.live[index].last is None:
-            return False
-        stream = self.live[index]
-        held = {p for p in range(len(evidence)) if evidence.same_object(stream.last, p)}
-        before, stream.steady = stream.steady, held if stream.steady is None else held & stream.steady
-        return before is not None and bool(before - held)
-
-
 class InferredClock(Clock):
     """Steps, streams and generations from identity, order and continuity.
 
@@ -229,6 +142,8 @@ class InferredClock(Clock):
         learned = self._learn(evidence)
         self.live = [s for s in self.live if not s.dead]
         stream = self._match(evidence)
+        if stream is not None and self._is_sibling(stream, evidence):
+            stream = None
         fresh = True
         if stream is None or not self._continues(stream, evidence):
             stream = self._begin(stream, evidence)
@@ -264,21 +179,33 @@ class InferredClock(Clock):
         for past in self._memory:
             if past.time != evidence.time:
                 recurring = {p for p in range(len(evidence)) if evidence.same(past, p)} - self.latents
-                self._remade |= {p for p in recurring if not evidence.same_object(past, p)}
+                self._remade |= {p for p in recurring if past.objects[p]() is None}
                 self.conditioning |= recurring
         return len(self.conditioning) > before
 
     def _names(self, stream: Stream, evidence: Evidence) -> bool:
-        return stream.last is not None and all(evidence.same(stream.last, p) for p in self.conditioning)
+        last = stream.last
+        return last is not None and all(
+            evidence.same_object(last, p)
+            # Two objects of one content, both alive: two pipelines given the same prompt.
+            or (evidence.same_content(last, p) and last.objects[p]() is None)
+            for p in self.conditioning
+        )
 
     def _match(self, evidence: Evidence) -> Stream | None:
-        """The live stream that this call's conditioning names. Without conditioning, order and continuity must do."""
+        """The live stream that this call's conditioning names; of several, the one whose latents are nearest.
+
+        Without conditioning, order and continuity must do.
+        """
         if not self.conditioning:
             return self.live[-1] if self.live and len(evidence) <= 1 else None
-        for stream in reversed(self.live):
-            if self._names(stream, evidence):
-                return stream
-        return None
+        named = [stream for stream in reversed(self.live) if self._names(stream, evidence)]
+        return min(named, key=lambda stream: self._changes(stream, evidence)[2], default=None)
+
+    def _is_sibling(self, stream: Stream, evidence: Evidence) -> bool:
+        """Another picture of the same conditioning, denoised beside this one: unrelated latents at the same time."""
+        changed, leaped, _ = self._changes(stream, evidence)
+        return evidence.time == stream.time and changed == leaped > 0
 
     def _continues(self, stream: Stream, evidence: Evidence) -> bool:
         move = evidence.time - stream.time
@@ -289,18 +216,18 @@ class InferredClock(Clock):
             return False
         if stream.stride and abs(move) > TIME_LEAP * abs(stream.stride):
             return False
-        changed, leaped = self._changes(stream, evidence)
+        changed, leaped, _ = self._changes(stream, evidence)
         return not (leaped == changed and changed > 1)
 
     def _latents_leaped(self, stream: Stream, evidence: Evidence) -> bool:
         """The one input that varies is unrelated to what it was: another noise, though prompt and time go on."""
-        changed, leaped = self._changes(stream, evidence)
+        changed, leaped, _ = self._changes(stream, evidence)
         self._restless = self._restless + 1 if changed == leaped == 1 else 0
         self._ignore_latents |= self._restless > RESTLESS
         return changed == leaped == 1 and not self._ignore_latents
 
-    def _changes(self, stream: Stream, evidence: Evidence) -> tuple[int, int]:
-        return _changes(stream.last, evidence, set(range(len(evidence))) - self.conditioning)
+    def _changes(self, stream: Stream, evidence: Evidence) -> tuple[int, int, float]:
+        return stream.last.changes(evidence, set(range(len(evidence))) - self.conditioning)
 
     def _begin(self, restarted: Stream | None, evidence: Evidence) -> Stream:
         """A new stream: of a new generation, or a partner in the one whose first step is being made."""
@@ -335,24 +262,3 @@ class InferredClock(Clock):
                         stream.release()
 
         return died
-
-
-def _changes(before: Evidence, after: Evidence, positions: set[int]) -> tuple[int, int]:
-    """How many of the inputs changed, and how many of those became something else altogether."""
-    changed = leaped = 0
-    for position in positions:
-        old, new = before.prints.get(position), after.prints.get(position)
-        if old and new and len(old) == len(new) and old != new:
-            changed += 1
-            # The first number is a sum over the whole input; the others are samples of it.
-            leaped += math.dist(old[1:], new[1:]) > LATENT_LEAP * math.hypot(*new[1:])
-    return changed, leaped
-
-
-def fingerprint(tensor: torch.Tensor) -> torch.Tensor:
-    """Float64 [1 + up to 64]: the sum of the tensor, and evenly spaced elements. Equal for equal contents."""
-    if tensor.is_complex():
-        tensor = torch.view_as_real(tensor)
-    flat = tensor.detach().flatten()
-    samples = flat[:: max(1, flat.numel() // 64)][:64]
-    return torch.cat([flat.sum(dtype=torch.float64).view(1), samples.double()])

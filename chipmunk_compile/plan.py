@@ -114,14 +114,11 @@ def analyse(gm: fx.GraphModule, example_inputs: Sequence[Any], config: Config) -
     mlps, no_mlps = find_mlps(canonical, min_tokens=config.min_tokens)
     sites, switched_off = _switch([*attention, *mlps], config)
     declined = (*no_attention, *no_mlps, *switched_off)
+    inputs = _with_timesteps(inputs, canonical, example_inputs)
     if not sites:
         return Analysis(inputs, canonical, declined=declined, reason=Reason.NO_SITES)
     if not inputs.parameters:
         return Analysis(inputs, canonical, declined=declined, reason=Reason.NO_OWNER)
-    timesteps = find_timesteps(canonical, set(inputs.user))
-    user = [i for i in inputs.user if i not in timesteps]
-    latents = frozenset(p for p, i in enumerate(user) if _has_shape_of_an_output(canonical, example_inputs[i]))
-    inputs = Inputs(inputs.parameters, tuple(user), tuple(timesteps), latents)
     axes = analyse_tokens(canonical)
     permutation = _permute(canonical, sites, axes, inputs, config)
     return Analysis(inputs, canonical, tuple(sites), declined, permutation, axes)
@@ -217,6 +214,13 @@ def _classify(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Inputs:
         elif isinstance(value, torch.Tensor) and not _is_held_by_module(node):
             user.append(i)
     return Inputs(tuple(parameters), tuple(user))
+
+
+def _with_timesteps(inputs: Inputs, canonical: fx.GraphModule, example_inputs: Sequence[Any]) -> Inputs:
+    timesteps = find_timesteps(canonical, set(inputs.user))
+    user = [i for i in inputs.user if i not in timesteps]
+    latents = frozenset(p for p, i in enumerate(user) if _has_shape_of_an_output(canonical, example_inputs[i]))
+    return Inputs(inputs.parameters, tuple(user), tuple(timesteps), latents)
 
 
 def _is_held_by_module(node: fx.Node) -> bool:

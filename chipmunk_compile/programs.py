@@ -6,22 +6,27 @@ import contextlib
 import logging
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import fx
 
 from . import telemetry
-from .clock import Tick, fingerprint
+from .clock import Tick
 from .config import Config
+from .evidence import read_evidence
+from .kept import Keeper
 from .kernels import cpu
-from .passes.lower import StateTensor, lift_state, lower
-from .plan import Analysis, Plan, make_plan
+from .models import Owners, Root
+from .passes.lower import StateTensor, kept_state, lift_state, lower
+from .plan import Analysis, Inputs, Plan, make_plan
 from .schedule import Program, program_at
-from .state import Owner, Owners, State, allocate
+from .state import Owner, State, allocate
 
 log = logging.getLogger(__name__)
 _local = threading.local()
+Compiler = Callable[[fx.GraphModule, list, Config], Callable]  # a graph, the arguments of its first call
 # Picture sizes of as many tokens for which programs are compiled.
 MOST_ORDERS = 4
 
@@ -38,17 +43,22 @@ def disabled() -> Iterator[None]:
 
 
 class Programs:
-    """The dense, refresh and delta program of one graph. Each is compiled by Inductor when first called."""
+    """The dense, refresh and delta program of one graph. Each is compiled when first called."""
 
-    def __init__(self, dynamo: fx.GraphModule, plan: Plan, config: Config) -> None:
-        self._dynamo, self.plan, self._config = dynamo, plan, config
+    def __init__(self, dynamo: fx.GraphModule, plan: Plan, config: Config, compiler: Compiler) -> None:
+        self._dynamo, self.plan, self._config, self._compiler = dynamo, plan, config, compiler
         self._compiled: dict[Program, Callable] = {}
         self._tables: list[torch.Tensor] | None = None
         self._lock = threading.RLock()
-        self.state = lift_state(plan.treatments)
+        self.state = [*lift_state(plan.treatments), *kept_state(plan.canonical)]
+        self._keeper = Keeper(plan.canonical)
 
     def run(self, program: Program, args: Sequence, state: State | None = None):
         lifted = self._lifted(state) if state is not None else []
+        if program is Program.REFRESH:
+            state.kept_from = None
+        elif program is Program.DELTA:
+            self._keeper.update(state, [*args, *self._orders])
         compiled = self._compiled.get(program)
         if compiled is None:
             with self._lock:
@@ -82,7 +92,7 @@ class Programs:
         graph = self.graph(program)
         telemetry.trace_artifact(program.value, lambda: graph.print_readable(print_output=False))
         started = time.perf_counter()
-        compiled = compile_graph(graph, args, self._config)
+        compiled = self._compiler(graph, args, self._config)
         log.info("compiled the %s program in %.1f s", program.value, time.perf_counter() - started)
         return compiled
 
@@ -131,32 +141,73 @@ def _with_dynamo_metadata(gm: fx.GraphModule, dynamo: fx.GraphModule) -> fx.Grap
     return gm
 
 
-class Runner:
-    """The callable that Dynamo runs in place of one captured graph: finds state and step, runs a program."""
+class _Called:
+    """What all graphs' callables share: whose call it is, and the evidence it shows."""
 
-    def __init__(self, gm: fx.GraphModule, analysis: Analysis, config: Config) -> None:
+    def __init__(self, inputs: Inputs, config: Config) -> None:
+        self._inputs = inputs
+        self._owners = Owners(inputs.parameters, inputs.latents, bool(inputs.timesteps), config)
+
+    def _tick(self, owner: Owner, args: Sequence) -> tuple[Tick, int] | None:
+        user = [args[i] for i in self._inputs.user]
+        times = [args[i] for i in self._inputs.timesteps]
+        return owner.root.tick(owner, user, lambda positions: read_evidence(times, user, positions))
+
+
+class Timekeeper(_Called):
+    """A graph that stays dense and receives the timestep: it begins the forward of the graphs called after it."""
+
+    # Forwards without any graph that uses the tick, until it is no longer taken.
+    IDLE = 3
+
+    def __init__(self, inputs: Inputs, dense: Callable, config: Config) -> None:
+        super().__init__(inputs, config)
+        self._dense = dense
+        self._idle: Counter[Root] = Counter()
+
+    def __call__(self, *args):
+        owner = self._owners.of(args)
+        root = owner.root
+        with root.lock:
+            before = root.forward
+            self._idle[root] = self._idle[root] + 1 if before is not None and before.calls == 0 else 0
+            if self._idle[root] < self.IDLE or root.wanted:
+                self._tick(owner, args)
+        return self._dense(*args)
+
+
+class Runner(_Called):
+    """The callable that Dynamo runs in place of one captured graph: finds state and step, runs a program.
+
+    compiler: makes a program's graph a callable, Inductor when not given; a test may run graphs as they are.
+    """
+
+    def __init__(
+        self, gm: fx.GraphModule, analysis: Analysis, config: Config, compiler: Compiler | None = None
+    ) -> None:
+        super().__init__(analysis.inputs, config)
         self._dynamo, self._analysis, self._config = gm, analysis, config
-        self._inputs = analysis.inputs
-        self._owners = Owners(self._inputs.parameters, self._inputs.latents, config)
-        self._lock = threading.Lock()
+        self._compiler = compiler or compile_graph
         self._by_grid: dict[tuple, Programs] = {}
         self.programs: Programs | None = None
 
     def __call__(self, *args):
         owner = self._owners.of(args)
-        with self._lock:
-            tick = self._tick(owner, args)
-            programs = self._programs_of(tick, owner, args)
-        if tick is None:
-            return programs.run(Program.DENSE, args)
-        return self._run(programs, owner, tick, args)
+        # Threads that share a model take turns: two of them may share a stream, and so its state.
+        with owner.root.lock:
+            where = self._tick(owner, args)
+            programs = self._programs_of(where, owner, args)
+            if where is None:
+                return programs.run(Program.DENSE, args)
+            return self._run(programs, owner, *where, args)
 
-    def _programs_of(self, tick: Tick | None, owner: Owner, args: Sequence) -> Programs:
+    def _programs_of(self, where: tuple[Tick, int] | None, owner: Owner, args: Sequence) -> Programs:
         """The programs for the token order of this call's stream, chosen at its first step.
 
         Another picture size may be another order of as many tokens. Any order is right; one too many to compile for
         is merely not the best.
         """
+        tick = where[0] if where is not None else None
         chosen = tick.stream.programs.get(self) if tick is not None else self.programs
         if chosen is not None and (tick is None or tick.step > 0 or not self._analysis.reads_grid):
             return chosen
@@ -165,57 +216,24 @@ class Runner:
             grids = self._analysis.grids(args)
             if grids not in self._by_grid:
                 plan = make_plan(self._analysis, grids, self._config)
-                self._by_grid[grids] = Programs(self._dynamo, plan, self._config)
+                self._by_grid[grids] = Programs(self._dynamo, plan, self._config, self._compiler)
             self.programs = self._by_grid[grids]
         if tick is not None:
             tick.stream.programs[self] = self.programs
         return self.programs
 
-    def _tick(self, owner: Owner, args: Sequence) -> Tick | None:
-        """Where this call belongs; None where nothing tells."""
-        root = owner.root
-        if root.counted is not None:
-            root.leader = root.leader or owner.key
-            clock = root.counted if owner.key == root.leader else None
-        else:
-            clock = owner.clock if self._inputs.timesteps else None
-        if clock is not None:
-            user = [args[i] for i in self._inputs.user]
-            root.begin_forward(clock, clock.tick(user, lambda positions: self._read(args, user, positions)))
-        elif root.now is None:
-            root.early |= owner.key
-        if root.now is None or owner.key & root.early:
-            return None
-        owner.occurrence = owner.occurrence + 1 if owner.forward == root.forward else 0
-        owner.forward = root.forward
-        return root.now
-
-    def _read(self, args: Sequence, user: Sequence[torch.Tensor], positions: Sequence[int]):
-        """The timestep as a number (the sum over candidates moves when it does), and fingerprints of user inputs.
-
-        All of it in one read from the device.
-        """
-        numbers = [args[i] for i in self._inputs.timesteps]
-        plain = float(sum(n for n in numbers if not isinstance(n, torch.Tensor)))
-        parts = [n.double().mean().view(1) for n in numbers if isinstance(n, torch.Tensor)]
-        timesteps = len(parts)
-        parts += [fingerprint(user[p]) for p in positions]
-        device = parts[0].device if parts else None
-        read = torch.cat([p.to(device, non_blocking=True) for p in parts]).tolist() if parts else []
-        prints, at = {}, timesteps
-        for position, part in zip(positions, parts[timesteps:]):
-            prints[position] = tuple(read[at : at + len(part)])
-            at += len(part)
-        return plain + sum(read[:timesteps]), prints
-
-    def _run(self, programs: Programs, owner: Owner, tick: Tick, args: Sequence):
-        key = (owner, owner.occurrence, programs)
+    def _run(self, programs: Programs, owner: Owner, tick: Tick, occurrence: int, args: Sequence):
+        # A block may move to another graph of the same model (guards fail, frames are captured anew): the state
+        # follows the block, and is made anew where the graph lays it out otherwise.
+        key, fits = (owner.key, occurrence), (programs, owner)
+        states = tick.stream.states
         if getattr(_local, "disabled", False):
-            tick.stream.states.pop(key, None)
+            states.pop(key, None)
             return programs.run(Program.DENSE, args)
-        state = tick.stream.states.get(key)
-        if state is None:
-            state = tick.stream.states[key] = allocate(programs.scope("stream"))
+        state = states.get(key)
+        if state is None or state.fits != fits:
+            states.pop(key, None)
+            state = states[key] = allocate(programs.scope("stream"), fits)
             state.weights = owner.weights(programs.scope("weights"))
         due = program_at(tick.step, self._config.schedule)
         program = due if state.filled and not tick.fresh else Program.REFRESH

@@ -5,7 +5,9 @@ import gc
 import pytest
 import torch
 
-from chipmunk_compile.clock import CountedClock, InferredClock, fingerprint
+from chipmunk_compile.clock import InferredClock
+from chipmunk_compile.counting import CountedClock
+from chipmunk_compile.evidence import fingerprint
 
 
 def tensor():

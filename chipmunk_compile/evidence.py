@@ -1,0 +1,99 @@
+"""What one call shows of itself: which objects it was given, at which time, and what they hold."""
+
+from __future__ import annotations
+
+import math
+import weakref
+from collections.abc import Callable, Iterable, Sequence
+
+import torch
+
+# Inputs that changed by this share of their norm in one step are others: independent noise differs by 1.4, a step of
+# a 4-step schedule by up to 0.5.
+LEAP = 1.0
+
+Inputs = Sequence[torch.Tensor]
+Fingerprint = tuple[float, ...]
+Reader = Callable[[Sequence[int]], tuple[float, dict[int, Fingerprint]]]
+
+
+class Evidence:
+    """One call: its time, and for each input the object (weakly), its version and its fingerprint."""
+
+    def __init__(self, inputs: Inputs, on_death: Callable[[int], Callable] | None = None) -> None:
+        self.time = math.nan
+        self.objects = [weakref.ref(t, on_death(p) if on_death else None) for p, t in enumerate(inputs)]
+        self.versions = [_version(t) for t in inputs]
+        self.prints: dict[int, Fingerprint] = {}
+
+    def __len__(self) -> int:
+        return len(self.objects)
+
+    def same_object(self, other: Evidence, position: int) -> bool:
+        if position >= len(other) or position >= len(self):
+            return False
+        mine = self.objects[position]()
+        return (
+            mine is not None
+            and mine is other.objects[position]()
+            and self.versions[position] == other.versions[position]
+        )
+
+    def same_content(self, other: Evidence, position: int) -> bool:
+        mine = self.prints.get(position)
+        return mine is not None and mine == other.prints.get(position)
+
+    def same(self, other: Evidence, position: int) -> bool:
+        return self.same_object(other, position) or self.same_content(other, position)
+
+    def changes(self, after: Evidence, positions: Iterable[int]) -> tuple[int, int, float]:
+        """How many of the inputs changed, how many of those became something else altogether, and the largest change
+        as a share of what came `after`."""
+        changed = leaped = 0
+        largest = 0.0
+        for position in positions:
+            old, new = self.prints.get(position), after.prints.get(position)
+            if old and new and len(old) == len(new) and old != new:
+                # The first number is a sum over the whole input; the others are samples of it.
+                distance = math.dist(old[1:], new[1:]) / (math.hypot(*new[1:]) or 1.0)
+                changed += 1
+                leaped += distance > LEAP
+                largest = max(largest, distance)
+        return changed, leaped, largest
+
+
+def _version(tensor: torch.Tensor) -> int:
+    """Moves when the tensor is written in place: a static buffer that is filled anew is another input."""
+    return 0 if tensor.is_inference() else tensor._version
+
+
+def fingerprint(tensor: torch.Tensor) -> torch.Tensor:
+    """Float64 [1 + up to 64]: the sum of the tensor, and evenly spaced elements. Equal for equal contents."""
+    if tensor.is_complex():
+        tensor = torch.view_as_real(tensor)
+    flat = tensor.detach().flatten()
+    samples = flat[:: max(1, flat.numel() // 64)][:64]
+    return torch.cat([flat.sum(dtype=torch.float64).view(1), samples.double()])
+
+
+def read_evidence(
+    times: Sequence[torch.Tensor | float], inputs: Inputs, positions: Sequence[int]
+) -> tuple[float, dict[int, Fingerprint]]:
+    """The time as one number, and the fingerprints of the inputs at `positions`: all in one read from the device.
+
+    times: candidates for the timestep. Their sum moves when the timestep does; those that never move do no harm.
+    """
+    plain = float(sum(t for t in times if not isinstance(t, torch.Tensor)))
+    parts = [t.double().mean().view(1) for t in times if isinstance(t, torch.Tensor)]
+    timesteps = len(parts)
+    parts += [fingerprint(inputs[p]) for p in positions]
+    if not parts:
+        return plain, {}
+    # From the device where most lies: a part on the CPU goes there without waiting for it.
+    device = next((p.device for p in parts if p.device.type != "cpu"), parts[0].device)
+    read = torch.cat([p.to(device, non_blocking=True) for p in parts]).tolist()
+    prints, at = {}, timesteps
+    for position, part in zip(positions, parts[timesteps:]):
+        prints[position] = tuple(read[at : at + len(part)])
+        at += len(part)
+    return plain + sum(read[:timesteps]), prints

@@ -1,0 +1,233 @@
+"""Which model a captured graph's call belongs to, and which forward of that model is running."""
+
+from __future__ import annotations
+
+import sys
+import threading
+import weakref
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import torch
+
+from . import telemetry
+from .clock import Clock, InferredClock, Tick
+from .config import Config
+from .counting import CountedClock
+from .evidence import Inputs, Reader
+from .state import Owner
+
+if TYPE_CHECKING:
+    from .generations import generation
+
+
+@dataclass(eq=False)
+class Forward:
+    """One forward of a model, in one thread."""
+
+    tick: Tick
+    clock: Clock
+    epoch: int
+    calls: int = 0  # of graphs with sites, until now
+    occurrences: Counter = field(default_factory=Counter)  # by owner
+
+
+class Root:
+    """One model: what links the graphs of one forward.
+
+    A graph that receives the timestep has a clock of its own, and begins a forward; the graphs called after it in
+    the same forward take its tick. Where calls are counted, the first owner called (the leader) begins a forward.
+    """
+
+    def __init__(self, module: torch.nn.Module | None, whole: bool) -> None:
+        """whole: the module itself is compiled; else it holds blocks that are."""
+        self.module = weakref.ref(module) if module is not None else None
+        self.whole = whole
+        self.lock = threading.RLock()
+        self.has_timestep = False  # a graph of it receives one
+        self.block: generation | None = None  # the innermost one that this model runs in
+        self.block_clock: Clock | None = None
+        self.hooked = False  # the block begins forwards itself
+        self.wanted = False  # a graph with sites found no clock
+        self._counted: CountedClock | None = None
+        self._leader: frozenset[int] | None = None
+        # Parameters of graphs that ran before the clock first ticked: a tick they see is that of the forward before.
+        self._early: frozenset[int] = frozenset()
+        self._running = threading.local()
+        self._epoch = 0
+        self._last: Forward | None = None  # complete
+
+    def count(self, config: Config) -> None:
+        """Counts calls from now on, where the options say how many there are."""
+        if config.steps and self._counted is None:
+            self._counted = CountedClock(config.steps, config.streams or 1, by_content=not self.whole)
+
+    @property
+    def counted(self) -> CountedClock | None:
+        """The counting clock, where counts were given outright; a `generation` block's word is above the options'."""
+        return self.block_clock if isinstance(self.block_clock, CountedClock) else self._counted
+
+    @property
+    def forward(self) -> Forward | None:
+        """The forward that this thread is in."""
+        running = getattr(self._running, "forward", None)
+        return running if running is not None and running.epoch == self._epoch else None
+
+    def forget(self) -> None:
+        """No forward before this one counts any more."""
+        for clock in (self._counted, self.block_clock):
+            if clock is not None:
+                clock.release()
+        self.block = self.block_clock = self._leader = self._last = None
+        self.hooked, self._early = False, frozenset()
+        self._epoch += 1
+
+    def begin_forward(self, clock: Clock, inputs: Inputs, read: Reader) -> None:
+        self._last = self.forward
+        self._running.forward = Forward(clock.tick(inputs, read), clock, self._epoch)
+
+    def tick(self, owner: Owner, inputs: Inputs, read: Reader) -> tuple[Tick, int] | None:
+        """Where a call of `owner` belongs, and how often it was called in this forward before; None where nothing
+        tells. The call that begins a forward ticks the clock."""
+        clock = self._clock_of(owner)
+        if clock is not None:
+            self.begin_forward(clock, inputs, read)
+        forward = self.forward
+        if forward is None and not self.hooked:
+            self._early |= owner.key
+        if forward is None or owner.key & self._early:
+            self.wanted = True
+            return None
+        occurrence = forward.occurrences[owner.key]
+        if self._leader is not None and self._last and occurrence >= max(self._last.occurrences[owner.key], 1):
+            # Called more often than in the forward before: the leader's graph is no more, and nobody counts.
+            self._leader, self._epoch = None, self._epoch + 1
+            return None
+        forward.occurrences[owner.key] += 1
+        return forward.tick, occurrence
+
+    def end_call(self) -> None:
+        """After the last call of a forward (known from the forward before), the clock may end the generation."""
+        forward = self.forward
+        if forward is not None:
+            forward.calls += 1
+            if not self.hooked and forward.calls >= max(self._last.calls if self._last else 0, 1):
+                forward.clock.finish()
+
+    def end_forward(self) -> None:
+        """Where the end of a forward is known outright."""
+        if self.forward is not None:
+            self.forward.clock.finish()
+            self._last, self._running.forward = self.forward, None
+
+    def _clock_of(self, owner: Owner) -> Clock | None:
+        if self.hooked:
+            return None
+        if self.counted is not None:
+            self._leader = self._leader or owner.key
+            return self.counted if owner.key == self._leader else None
+        return owner.clock
+
+
+_roots: weakref.WeakKeyDictionary[torch.nn.Module, Root] = weakref.WeakKeyDictionary()
+_lock = threading.RLock()
+# The `generation` blocks that are open. The epoch moves with each: every call then asks anew where it belongs.
+blocks: list[generation] = []
+_epoch = 0
+
+
+def open_block(block: generation) -> None:
+    global _epoch
+    with _lock:
+        blocks.append(block)
+        _epoch += 1
+
+
+def close_block(block: generation) -> None:
+    global _epoch
+    with _lock:
+        blocks.remove(block)
+        _epoch += 1
+
+
+def root_of(module: torch.nn.Module | None, whole: bool) -> Root:
+    """The one Root of a module; a function compiled by itself is a model of its own."""
+    with _lock:
+        root = _roots.get(module) if module is not None else None
+        if root is None:
+            root = Root(module, whole)
+            if module is not None:
+                _roots[module] = root
+        return root
+
+
+def is_compiled(module: torch.nn.Module) -> bool:
+    from torch._dynamo.eval_frame import OptimizedModule
+
+    return isinstance(module, OptimizedModule) or module._compiled_call_impl is not None
+
+
+class Owners:
+    """The owners of one graph's calls."""
+
+    def __init__(self, positions: Sequence[int], latents: frozenset[int], has_timestep: bool, config: Config) -> None:
+        self._positions, self._latents, self._config = positions, latents, config
+        self._has_timestep = has_timestep
+        self._known: dict[tuple[int, ...], Owner] = {}
+        self._epoch = _epoch
+
+    def of(self, args: Sequence) -> Owner:
+        if self._epoch != _epoch:
+            for owner in self._known.values():
+                owner.release()
+            self._known.clear()
+            self._epoch = _epoch
+        parameters = [args[i] for i in self._positions]
+        key = tuple(map(id, parameters))
+        owner = self._known.get(key)
+        if owner is None or not owner.is_of(parameters):
+            self._known = {k: o for k, o in self._known.items() if o.alive}
+            owner = self._known[key] = self._make(parameters)
+        return owner
+
+    def _make(self, parameters: Sequence[torch.Tensor]) -> Owner:
+        """The owner of the forward that is running, and the model it belongs to.
+
+        Made once per owner, so the walk up the call stack costs nothing later.
+        """
+        compiled, outermost = _running_modules(parameters)
+        with _lock:
+            block = next((block for block in reversed(blocks) if block.covers(parameters)), None)
+            root = root_of(compiled, whole=True)
+            root.has_timestep |= self._has_timestep
+            if not root.has_timestep and outermost is not compiled:
+                # Nothing in the compiled module tells the time: it is a block of the model around it.
+                root = root_of(outermost, whole=False)
+            if block is not None and block.module is not None:
+                root = root_of(block.module, whole=is_compiled(block.module))
+            root.count(self._config)
+            owner = Owner(parameters, root, InferredClock(self._latents) if self._has_timestep else None)
+            if block is not None:
+                block.take(root, owner)
+        telemetry.holders.add(owner)
+        return owner
+
+
+def _running_modules(parameters: Sequence[torch.Tensor]) -> tuple[torch.nn.Module | None, torch.nn.Module | None]:
+    """The outermost compiled module, and the outermost one at all, that hold the parameters and are being called."""
+    wanted = {id(p) for p in parameters}
+    compiled = outermost = None
+    checked: dict[int, bool] = {}
+    frame = sys._getframe(1)
+    while frame is not None:
+        if "self" in frame.f_code.co_varnames[: max(frame.f_code.co_argcount, 1)]:
+            module = frame.f_locals.get("self")
+            if isinstance(module, torch.nn.Module) and id(module) not in checked:
+                holds = checked[id(module)] = wanted <= {id(p) for p in module.parameters()}
+                if holds:
+                    outermost = module
+                    compiled = module if is_compiled(module) else compiled
+        frame = frame.f_back
+    return getattr(compiled, "_orig_mod", compiled), getattr(outermost, "_orig_mod", outermost)
