@@ -19,6 +19,7 @@ from torch import fx
 from ..kernels import ops  # noqa: F401  (defines torch.ops.chipmunk)
 from ..kernels.reference import sample_table
 from .canonical import clean
+from .keep_gathers import kept_gathers, use_kept
 from .sites import AttentionSite, MlpSite
 
 aten = torch.ops.aten
@@ -95,11 +96,21 @@ def lift_state(treatments: Sequence[Treatment]) -> list[StateTensor]:
     return list(tensors.values())
 
 
+def kept_state(gm: fx.GraphModule) -> list[StateTensor]:
+    """The token gathers that hold still (`keep_gathers`), as state of a stream; it follows that of the sites."""
+    values = [node.meta["val"] for node in kept_gathers(gm)]
+    return [
+        StateTensor(f"kept_{k}", "stream", tuple(v.shape), tuple(v.stride()), v.dtype, v.device)
+        for k, v in enumerate(values)
+    ]
+
+
 def lower(gm: fx.GraphModule, treatments: Sequence[Treatment], program: str) -> fx.GraphModule:
     """A copy of canonical `gm` with each treated site replaced; `program` is "refresh" or "delta".
 
     attention:  sdpa(q, k, v)               ->  chipmunk.attention_refresh / attention_delta
     mlp:        linear(act(linear(x)))      ->  the same + copy_ into the caches / chipmunk.mlp_delta
+    gathers of tokens that hold still       ->  the same                         / state, made by the keep program
     """
     graph = fx.Graph()
     env: dict[fx.Node, fx.Node] = {}
@@ -110,10 +121,13 @@ def lower(gm: fx.GraphModule, treatments: Sequence[Treatment], program: str) -> 
 
     state: dict[str, fx.Node] = {}
     last = [n for n in graph.nodes if n.op == "placeholder"][-1]
-    for tensor in lift_state(treatments):
+    kept = kept_state(gm)
+    for tensor in [*lift_state(treatments), *kept]:
         with graph.inserting_after(last):
             last = state[tensor.name] = graph.placeholder(tensor.name)
         last.meta["lifted"] = tensor
+    if program == "delta":
+        use_kept(gm, env, [state[tensor.name] for tensor in kept])
     for number, treatment in enumerate(treatments):
         build = _BUILDERS[treatment.site.kind, program]
         node = env[treatment.site.node]
@@ -121,6 +135,9 @@ def lower(gm: fx.GraphModule, treatments: Sequence[Treatment], program: str) -> 
         if result is not node:
             result.meta.update(node.meta)
             node.replace_all_uses_with(result)
+    for node in graph.nodes:
+        if node.target is aten.view.default:  # of values that may be laid out otherwise than those it was traced on
+            node.target = aten.reshape.default
     return clean(lowered)
 
 

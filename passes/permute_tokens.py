@@ -25,7 +25,7 @@ from .reasons import Reason
 from .sites import AttentionSite, Declined, MlpSite
 from .token_axis import Piece, Rope, TokenAxes, Value, analyse_tokens
 from .token_cut import fixed_nodes, gather_bytes, minimum_cut, owner, site_bytes, users
-from .token_grid import TokenRun, holds, runs_of_option, token_runs
+from .token_grid import TokenRun, holds, position_inputs, runs_of_option, token_runs
 from .token_links import is_tensor
 from .token_order import Grid, chunk_lengths, token_order
 from .token_proof import Places, occurrences, walls
@@ -53,7 +53,7 @@ class Gather:
     users: tuple[fx.Node, ...]
     steps: tuple[tuple[int, int], ...]
     bytes: int  # read and written, each time the graph runs
-    fixed: bool  # the same over a whole generation
+    fixed: bool  # the same over a whole generation: made once and kept
 
     @property
     def path(self) -> str:
@@ -108,7 +108,7 @@ def plan_permutation(
 
     sites: of `gm`; they are what the permutation serves. axes: `analyse_tokens(gm)`, if it is known already.
     grid: (frames, height, width) by the user, or several, one after the other; overrides what the graph says.
-    fixed: placeholders that stay the same over a generation (parameters, ids, prompt embeddings).
+    fixed: placeholders that stay the same over a generation (parameters, buffers). Position ids are taken to, too.
     share: how much of the sites' own time the gathers may cost (`math.inf`: any).
 
     Declines with NO_SITES, NO_GRID, AMBIGUOUS_GRID, GRID_MISMATCH or WALLED_IN.
@@ -131,7 +131,7 @@ def plan_permutation(
         if not runs:
             return _declined(Reason.NO_GRID)
 
-    still = fixed_nodes(gm, fixed)
+    still = fixed_nodes(gm, {*fixed, *position_inputs(gm)})
     regions = [_region(gm, axes, run, sites, still, share) for run in runs]
     kept = [k for k, region in enumerate(regions) if not region.sites.isdisjoint(attention)]
     if not kept:
@@ -240,7 +240,7 @@ def permute_tokens(gm: fx.GraphModule, plan: PermutationPlan) -> fx.GraphModule:
     """Puts the gathers of `plan` into `gm` (in place; its nodes and sites stay what they are) and returns it.
 
     Before: f(*inputs). After: f(*inputs, *index_inputs(plan, orders)), equal up to rounding for any orders.
-    Each gather is an `aten.index_select`; those of fixed values have `meta["fixed"] = True`.
+    Each gather is an `aten.index_select`; the result of a fixed one has `meta["kept"] = True` (`keep_gathers`).
     """
     last = [node for node in gm.graph.nodes if node.op == "placeholder"][-1]
     indices = []
@@ -258,11 +258,11 @@ def permute_tokens(gm: fx.GraphModule, plan: PermutationPlan) -> fx.GraphModule:
             with gm.graph.inserting_after(place):
                 place = gm.graph.call_function(aten.index_select.default, (out, dim, indices[k]))
             place.meta["val"] = aten.index_select.default(out.meta["val"], dim, indices[k].meta["val"])
-            place.meta["fixed"] = gather.fixed
             for key in ("nn_module_stack", "stack_trace"):
                 if key in gather.value.meta:
                     place.meta[key] = gather.value.meta[key]
             out = place
+        out.meta["kept"] = gather.fixed
         for user in gather.users:
             user.replace_input_with(gather.value, out)
     return clean(gm)

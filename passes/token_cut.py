@@ -134,11 +134,15 @@ def _edge(network: nx.DiGraph, a, b, price: float) -> None:
 
 
 def fixed_nodes(gm: fx.GraphModule, inputs: Collection[fx.Node]) -> set[fx.Node]:
-    """Nodes that stay the same as long as `inputs` do: computed from those and from constants alone."""
+    """Nodes that stay the same as long as `inputs` do: computed from those and from constants alone.
+
+    An input that the graph writes does not.
+    """
     out: set[fx.Node] = set()
+    written = {n.args[0] for n in gm.graph.nodes if n.target is torch.ops.aten.copy_.default}
     for node in gm.graph.nodes:
         if node.op == "placeholder":
-            held_still = node in inputs
+            held_still = node in inputs and node not in written
         elif node.op == "call_function":
             held_still = all(x in out for x in node.all_input_nodes) and not _random(node.target)
         else:

@@ -183,7 +183,7 @@ def _runs_with_ids(gm: fx.GraphModule, axes: TokenAxes, joint: list[Rope]) -> It
     """
     returned = {piece for value in _outputs(gm) for rope in axes.ropes[value, 0] for piece in rope}
     found = []
-    for node in _angle_inputs(gm):
+    for node in position_inputs(gm):
         start = 0
         for piece in axes.rope(node, -2):
             if any(piece in rope for rope in joint):
@@ -198,8 +198,8 @@ def _outputs(gm: fx.GraphModule) -> list[fx.Node]:
     return list(filter(is_tensor, output.all_input_nodes))
 
 
-def _angle_inputs(gm: fx.GraphModule) -> list[fx.Node]:
-    """Placeholders of the shape of position ids that reach a sine or cosine."""
+def position_inputs(gm: fx.GraphModule) -> list[fx.Node]:
+    """Position ids: placeholders of their shape, [..., tokens, two to four axes], that reach a sine or cosine."""
     seen: set[fx.Node] = set()
     stack = [node for node in gm.graph.nodes if node.target in _ANGLES]
     while stack:
