@@ -10,3 +10,9 @@ def clean_slate():
     yield
     torch._dynamo.reset()
     chipmunk_compile.reset()
+
+
+@pytest.fixture
+def uncompiled(monkeypatch):
+    """Programs run as they are, without Inductor: for tests of which program runs when, on what state."""
+    monkeypatch.setattr("chipmunk_compile.programs.compile_graph", lambda graph, args, config: graph)
