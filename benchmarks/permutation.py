@@ -93,13 +93,13 @@ def survey(name: str) -> dict:
 
 def _described(gather: Gather, plan: PermutationPlan) -> dict:
     value = gather.value
-    dim, layout = gather.steps[0]
     return {
-        "value": "input" if value.op == "placeholder" else str(value.target).removeprefix("aten."),
-        "where": gather.path,
+        "value": gather.name,
         "shape": list(value.meta["val"].shape),
+        "stride": list(value.meta["val"].stride()),
+        "dtype": str(value.meta["val"].dtype).removeprefix("torch."),
         "dims": [dim for dim, _ in gather.steps],
-        "direction": "out" if plan.layouts[layout].moves[0][2] else "in",
+        "direction": plan.direction(gather),
         "bytes": gather.bytes,
         "fixed": gather.fixed,
     }
@@ -185,8 +185,7 @@ def _cells(gathers: list[dict], direction: str) -> str:
     texts = []
     for gather in gathers:
         if gather["direction"] == direction:
-            origin = " ".join(filter(None, (gather["value"], gather["where"] and f"of `{gather['where']}`")))
-            texts.append(f"{origin} {gather['shape']}" + (" (fixed)" if gather["fixed"] else ""))
+            texts.append(f"{gather['value']} {gather['shape']}" + (" (kept)" if gather["fixed"] else ""))
     return "<br>".join(texts)
 
 

@@ -62,6 +62,8 @@ class Config:
     """Calls per step (2 for guidance by two calls). Used with `steps`; 1 when not given."""
     grid: tuple[int, int, int] | None = None
     """Frames, rows and columns of the image tokens, for the token order; found in the graph when not given."""
+    order: str = "patch"
+    """Order of tokens inside: "patch" (chunks are boxes of neighbours), "hilbert", or "raster" (as they come)."""
     mode: str | None = None
     """Inductor's mode: "default", "reduce-overhead", "max-autotune", ..."""
     inductor: tuple[tuple[str, Any], ...] = ()
@@ -109,6 +111,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 CHUNKS = (32, 64, 128, 192)
+ORDERS = ("patch", "hilbert", "raster")
 
 
 def _set(config: Config, name: str, value: Any) -> Config:
@@ -161,6 +164,12 @@ def _grid(name: str, value: Any) -> tuple[int, int, int] | None:
     return tuple(value)
 
 
+def _order(name: str, value: Any) -> str:
+    if value not in ORDERS:
+        raise OptionError(f"{name}={value!r}: choose one of {', '.join(map(repr, ORDERS))}")
+    return value
+
+
 def _mode(name: str, value: Any) -> str | None:
     import torch._inductor
 
@@ -206,6 +215,7 @@ RULES: dict[str, Callable[[str, Any], Any]] = {
     "steps": _at_least(1, optional=True),
     "streams": _at_least(1, optional=True),
     "grid": _grid,
+    "order": _order,
     "mode": _mode,
     "inductor": _inductor,
 }

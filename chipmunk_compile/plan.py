@@ -131,7 +131,7 @@ def make_plan(analysis: Analysis, grids: Sequence[tuple[Grid, ...] | None], conf
     orders, lengths, indices = [], [], []
     if permutation is not None:
         for run, its_grids in zip(permutation.runs, grids):
-            order, its_lengths = run_order(run, its_grids, tile)
+            order, its_lengths = run_order(run, its_grids, tile, config.order)
             orders.append(order)
             lengths.append(its_lengths)
         indices = index_inputs(permutation, orders)
@@ -147,6 +147,8 @@ def make_plan(analysis: Analysis, grids: Sequence[tuple[Grid, ...] | None], conf
 
 
 def _permute(canonical, sites, axes: TokenAxes, inputs: Inputs, config: Config) -> PermutationPlan | Declined:
+    if config.order == "raster":
+        return Declined("permutation", "", Reason.DISABLED_BY_OPTION, {"option": "order"})
     placeholders = [n for n in canonical.graph.nodes if n.op == "placeholder"]
     fixed = [node for i, node in enumerate(placeholders) if i not in (*inputs.user, *inputs.timesteps)]
     plan = plan_permutation(canonical, sites, axes=axes, grid=config.grid, fixed=fixed)

@@ -14,8 +14,8 @@ import torch
 from torch import fx
 
 from .config import Config
-from .passes.lower import Treatment, lift_state
-from .passes.permute_tokens import PermutationPlan
+from .passes.lower import Treatment, kept_state, lift_state
+from .passes.permute_tokens import Gather, PermutationPlan
 from .passes.reasons import Reason
 from .passes.sites import Declined
 from .passes.token_order import patch_size
@@ -71,13 +71,29 @@ class GraphReport:
 
 
 @dataclass(frozen=True)
+class GatherReport:
+    """One place where tokens change their order."""
+
+    value: str  # what is reordered: an op and the module it is in, or "input"
+    shape: tuple[int, ...]
+    direction: str  # "in" | "out"
+    bytes: int  # read and written
+    kept: bool  # done once and kept: it holds still over a generation
+
+    def __str__(self) -> str:
+        how = "once" if self.kept else "a step"
+        return f"{self.direction:<4}{self.value} {list(self.shape)}: {_bytes(self.bytes)} {how}"
+
+
+@dataclass(frozen=True)
 class PermutationReport:
     """The order of tokens inside the model, or why it is the caller's."""
 
+    order: str = ""  # "patch" | "hilbert"
     grids: tuple = ()  # (frames, rows, columns) of each run of tokens; empty where none was found
     patch: tuple[int, ...] = ()  # the box of tokens that is a chunk
-    gathers: tuple[tuple[str, int], ...] = ()  # where tokens are reordered, and bytes moved there a step
-    bytes: int = 0  # moved by a step, what is fixed over a generation left out
+    gathers: tuple[GatherReport, ...] = ()
+    bytes: int = 0  # moved by a step, what is kept left out
     walls: tuple[str, ...] = ()  # ops at which the permuted region ends
     reason: Reason | None = None
     detail: Mapping[str, Any] = dataclasses.field(default_factory=dict)
@@ -88,10 +104,16 @@ class PermutationReport:
         if not self.gathers:
             return "tokens keep their order"
         grids = ", ".join("x".join(map(str, grid)) for grid in self.grids)
-        what = (
-            f"chunks are boxes of {'x'.join(map(str, self.patch))} tokens" if self.patch else "order unknown: as given"
-        )
-        return f"{what} (grid {grids or 'not readable'}); {len(self.gathers)} gathers move {_bytes(self.bytes)} a step"
+        boxes = f"chunks are boxes of {'x'.join(map(str, self.patch))} tokens"
+        what = "as given" if not self.grids else boxes if self.order == "patch" else "chunks lie along a Hilbert curve"
+        kept = sum(gather.kept for gather in self.gathers)
+        moved = f"{len(self.gathers) - kept} gathers move {_bytes(self.bytes)} a step, {kept} are kept"
+        return f"{what} (grid {grids or 'not readable'}); {moved}"
+
+    def lines(self) -> list[str]:
+        """Where tokens change their order, and the ops that the permuted region ends at."""
+        walls = [f"ends at {', '.join(self.walls)}"] if self.walls else []
+        return [str(gather) for gather in self.gathers] + walls
 
 
 @dataclass(frozen=True)
@@ -133,6 +155,7 @@ class Report:
         graphs = [{**vars(g), "reason": g.reason.name if g.reason else None} for g in self.graphs]
         whole = {"model": self.model, "state_bytes": self.state_bytes, "delta_share": self.delta_share}
         order = {**vars(self.permutation), "reason": self.permutation.reason.name if self.permutation.reason else None}
+        order["gathers"] = [vars(gather) for gather in self.permutation.gathers]
         whole["permutation"] = {**order, "detail": dict(self.permutation.detail)}
         return json.dumps({**whole, "graphs": graphs, "sites": [plain(s) for s in self.sites]}, indent=2, default=str)
 
@@ -151,6 +174,7 @@ class Report:
         lines.append(f"work       a delta step does {self.delta_share:.0%} of a dense step's matrix work (predicted)")
         lines.append(f"state      {_bytes(self.state_bytes)} per stream")
         lines.append(f"order      {self.permutation}")
+        lines += [f"           {line}" for line in self.permutation.lines()]
         lines.append(f"clock      {self._clock()}")
         return [f"  {line}" for line in lines]
 
@@ -207,7 +231,8 @@ def explain(model: torch.nn.Module, *args, options: Mapping[str, Any] | None = N
     with torch.no_grad():
         torch.compile(call, backend=collect, dynamic=False)(model.forward, args, kwargs)
     sites = [site for analysis, plan in found for site in _sites(analysis, plan)]
-    state = sum(tensor.bytes for _, plan in found if plan for tensor in lift_state(plan.treatments))
+    lifted = [tensor for _, p in found if p for tensor in (*lift_state(p.treatments), *kept_state(p.canonical))]
+    state = sum(tensor.bytes for tensor in lifted)
     graphs = tuple(_graph(analysis, plan) for analysis, plan in found)
     return Report(type(model).__name__, config, tuple(sites), graphs, state, _permutation(found, grids, config))
 
@@ -225,9 +250,15 @@ def _permutation(found, grids: list[tuple], config: Config) -> PermutationReport
     if not isinstance(plan, PermutationPlan):
         return PermutationReport(reason=plan.reason, detail=plan.detail)
     known = tuple(grid for run in first if run for grid in run)
-    gathers = tuple((gather.path or gather.value.name, gather.bytes) for gather in plan.gathers)
+    gathers = tuple(_gather(gather, plan) for gather in plan.gathers)
     patch = patch_size(known[0], config.attention.chunk) if known else ()
-    return PermutationReport(known, patch, gathers, plan.bytes, tuple(wall.name for wall in plan.walls))
+    walls = tuple(dict.fromkeys(wall.name for wall in plan.walls))
+    return PermutationReport(config.order, known, patch, gathers, plan.bytes, walls)
+
+
+def _gather(gather: Gather, plan: PermutationPlan) -> GatherReport:
+    shape = tuple(gather.value.meta["val"].shape)
+    return GatherReport(gather.name, shape, plan.direction(gather), gather.bytes, gather.fixed)
 
 
 def _sites(analysis: Analysis, plan: Plan | None) -> list[SiteReport]:

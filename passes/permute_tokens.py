@@ -56,9 +56,8 @@ class Gather:
     fixed: bool  # the same over a whole generation: made once and kept
 
     @property
-    def path(self) -> str:
-        """The module whose forward makes the value; "" for an input, or in the root."""
-        return module_path(self.value)
+    def name(self) -> str:
+        return described(self.value)
 
 
 @dataclass(frozen=True)
@@ -70,7 +69,13 @@ class Wall:
 
     @property
     def name(self) -> str:
-        return " of ".join(filter(None, (str(self.node.target), module_path(self.node))))
+        return described(self.node)
+
+
+def described(node: fx.Node) -> str:
+    """A value by the op that makes it and the module whose forward that is in: "linear.default of proj_out"."""
+    op = "input" if node.op == "placeholder" else str(node.target).removeprefix("aten.")
+    return " of ".join(filter(None, (op, module_path(node))))
 
 
 @dataclass(frozen=True)
@@ -87,6 +92,11 @@ class PermutationPlan:
     def sites(self) -> frozenset[fx.Node]:
         """All sites that see permuted tokens."""
         return frozenset().union(*self.served)
+
+    def direction(self, gather: Gather) -> str:
+        """Either "in" or "out" of the region."""
+        _, layout = gather.steps[0]
+        return "out" if self.layouts[layout].moves[0][2] else "in"
 
     @property
     def bytes(self) -> int:

@@ -52,6 +52,8 @@ def test_an_unknown_option_offers_the_nearest(name, hint):
         ("streams", 0),
         ("grid", (3, 4)),
         ("grid", (0, 4, 4)),
+        ("order", "spiral"),
+        ("order", None),
         ("mode", "fastest"),
         ("inductor", {"no_such_option": 1}),
         ("inductor", True),

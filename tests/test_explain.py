@@ -7,6 +7,7 @@ import torch
 
 import chipmunk_compile
 from chipmunk_compile import OptionError, Reason
+from tests.positioned_dit import PositionedLoop, position_ids, positioned
 from tests.toy_dit import SMALL, Loop, compile_toy, toy
 
 
@@ -85,3 +86,45 @@ def test_explaining_compiles_nothing_and_leaves_the_model_as_it_was():
 def test_bad_options_are_errors_here_too():
     with pytest.raises(OptionError, match="attention.sparsity"):
         report(**{"attention.sparsity": 1.5})
+
+
+def report_of_order(model, **options):
+    return chipmunk_compile.explain(
+        model, *next(iter(PositionedLoop())), position_ids(), options={**SMALL, **options}
+    ).permutation
+
+
+def test_order_says_where_tokens_are_permuted_what_that_moves_and_what_is_kept():
+    found = report_of_order(positioned())
+    assert found.reason is None and found.order == "patch" and found.grids == ((1, 21, 23),)
+    assert sorted((g.value, g.direction, g.kept) for g in found.gathers) == [
+        ("cumsum.default", "in", True),
+        ("input", "in", False),
+        ("input", "in", True),  # the ids
+        ("input", "in", True),  # the learned table
+        ("linear.default of final", "out", False),
+    ]
+    assert found.bytes == sum(g.bytes for g in found.gathers if not g.kept) == 2 * 2 * 483 * 6 * 4
+    assert found.walls == ("cumsum.default", "view.default")
+    text = "\n".join([str(found), *found.lines()])
+    assert "2 gathers move 46.4 KB a step, 3 are kept" in text
+    assert "1x21x23" in text and "linear.default of final" in text and "ends at" in text
+
+
+def test_order_names_the_wall_that_is_too_dear_to_go_around():
+    class Walled(type(positioned())):
+        def forward(self, x, t, prompt, ids):
+            c = self.time(torch.sin(t[:, None] * torch.arange(64)))
+            h = self.into(x) + ids.sin().sum(-1, keepdim=True)
+            for block in self.blocks:
+                h = block(h.cumsum(1), c)
+            return self.final(h).unflatten(1, (21, 23)).flip(1)
+
+    found = report_of_order(Walled().eval().requires_grad_(False))
+    assert found.reason is Reason.WALLED_IN and "WALLED_IN" in str(found) and "cumsum.default" in str(found)
+
+
+def test_order_can_be_chosen():
+    assert report_of_order(positioned(), order="hilbert").order == "hilbert"
+    raster = report_of_order(positioned(), order="raster")
+    assert raster.reason is Reason.DISABLED_BY_OPTION and not raster.gathers

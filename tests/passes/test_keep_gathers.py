@@ -12,48 +12,11 @@ from chipmunk_compile.passes.lower import kept_state
 from chipmunk_compile.passes.token_cut import fixed_nodes
 from chipmunk_compile.schedule import Program
 from chipmunk_compile.state import allocate
-from tests.toy_dit import CHANNELS, TEXT, ToyDiT, compile_toy, worst
+from tests.positioned_dit import TOKENS, PositionedLoop, position_ids, positioned
+from tests.toy_dit import compile_toy, worst
 
-GRID = (21, 23)  # large enough for token order to be worth its gathers
-TOKENS = GRID[0] * GRID[1]
 EXACT = {"attention.sparsity": 0.0, "mlp.sparsity": 0.0}
 ONE_REFRESH = {"schedule.warmup": 1, "schedule.refresh_every": 100}
-
-
-class Positioned(ToyDiT):
-    """forward(x, t, prompt, ids [N, 2]): angles of the ids, a learned table and a buffer are added to the tokens."""
-
-    def __init__(self) -> None:
-        super().__init__(dim=64, layers=2)
-        self.table = torch.nn.Parameter(torch.randn(TOKENS, 64))
-        self.register_buffer("ramp", torch.linspace(-1, 1, TOKENS)[:, None])
-
-    def forward(self, x, t, prompt, ids):
-        c = self.time(torch.sin(t[:, None] * torch.arange(64)))
-        h = self.into(x) * ids.sin().sum(-1, keepdim=True) + self.ramp.cumsum(0) + self.table
-        h = torch.cat([self.text(prompt), h], 1)
-        for block in self.blocks:
-            h = block(h, c)
-        return self.final(h[:, TEXT:]).unflatten(1, GRID).flip(1)  # a view that says the grid
-
-
-class Loop:
-    """A denoising loop's inputs, ids left out."""
-
-    def __init__(self, steps: int = 6, batch: int = 1) -> None:
-        generator = torch.Generator().manual_seed(0)
-        self.prompt = torch.randn(batch, TEXT, CHANNELS, generator=generator)
-        self.ends = torch.randn(2, batch, TOKENS, CHANNELS, generator=generator)
-        self.steps = steps
-
-    def __iter__(self):
-        for i in range(self.steps):
-            share = i / self.steps
-            yield (
-                share * self.ends[0] + (1 - share) * self.ends[1],
-                torch.full((len(self.prompt),), 1 - share),
-                self.prompt,
-            )
 
 
 @pytest.fixture(autouse=True)
@@ -61,15 +24,6 @@ def eager(request, monkeypatch):
     """Programs run as they are: what Inductor makes of them is tested once, at the end."""
     if "compiled" not in request.node.name:
         monkeypatch.setattr(programs, "compile_graph", lambda graph, args, config: graph)
-
-
-def ids():
-    return torch.stack(torch.meshgrid(*map(torch.arange, GRID), indexing="ij"), -1).flatten(0, 1).float()
-
-
-def model():
-    torch.manual_seed(0)
-    return Positioned().eval().requires_grad_(False)
 
 
 def spoil(runner):
@@ -84,9 +38,9 @@ def spoil(runner):
 
 
 def test_the_delta_program_computes_nothing_that_holds_still():
-    compiled, runners = compile_toy(model(), steps=6, **EXACT)
+    compiled, runners = compile_toy(positioned(), steps=6, **EXACT)
     with torch.no_grad():
-        compiled(*next(iter(Loop())), ids())
+        compiled(*next(iter(PositionedLoop())), position_ids())
     made = runners[0].programs
     targets = {p: [n.target for n in made.graph(p).graph.nodes] for p in (Program.REFRESH, Program.DELTA)}
     gather, upstream = torch.ops.aten.index_select.default, torch.ops.aten.cumsum.default
@@ -98,9 +52,9 @@ def test_the_delta_program_computes_nothing_that_holds_still():
 
 
 def test_the_keep_program_reads_no_more_than_it_needs():
-    compiled, runners = compile_toy(model(), steps=6, **EXACT)
+    compiled, runners = compile_toy(positioned(), steps=6, **EXACT)
     with torch.no_grad():
-        compiled(*next(iter(Loop())), ids())
+        compiled(*next(iter(PositionedLoop())), position_ids())
     canonical = runners[0].programs.plan.canonical
     program, positions = keep_program(canonical)
     inputs = [n.meta["val"] for n in canonical.graph.nodes if n.op == "placeholder"]
@@ -110,12 +64,12 @@ def test_the_keep_program_reads_no_more_than_it_needs():
 
 @pytest.mark.parametrize("batch, sparsity", [(3, 0.0), (1, 0.5)])
 def test_kept_gathers_change_nothing(batch, sparsity):
-    reference = model()
+    reference = positioned()
     options = {"attention.sparsity": sparsity, "mlp.sparsity": sparsity}
     compiled, _ = compile_toy(reference, steps=6, **options)
-    positions, outputs, dense = ids(), [], []
+    positions, outputs, dense = position_ids(), [], []
     with torch.no_grad():
-        for inputs in Loop(steps=6, batch=batch):
+        for inputs in PositionedLoop(steps=6, batch=batch):
             outputs.append(compiled(*inputs, positions))
             dense.append(reference(*inputs, positions))
     assert chipmunk_compile.counters()["delta"] == 3
@@ -125,12 +79,12 @@ def test_kept_gathers_change_nothing(batch, sparsity):
 def run_steps(change, inference=False):
     """(outputs, dense outputs) of six steps, one refresh; before the fifth the kept gathers are spoilt and
     `change(model, ids)` says the ids that follow."""
-    reference, positions = model(), ids()
+    reference, positions = positioned(), position_ids()
     compiled, runners = compile_toy(reference, steps=6, **EXACT, **ONE_REFRESH)
     outputs, dense = [], []
     with torch.inference_mode() if inference else torch.no_grad():
         positions = positions.clone()
-        for step, inputs in enumerate(Loop()):
+        for step, inputs in enumerate(PositionedLoop()):
             if step == 4:
                 spoil(runners[0])
                 positions = change(reference, positions)
@@ -166,11 +120,11 @@ def test_inference_tensors_have_no_version_and_are_never_trusted():
 
 
 def test_a_refresh_makes_them_anew():
-    reference, positions = model(), ids()
+    reference, positions = positioned(), position_ids()
     compiled, runners = compile_toy(reference, steps=8, **EXACT, **{"schedule.warmup": 1, "schedule.refresh_every": 4})
     outputs, dense = [], []
     with torch.no_grad():
-        for step, inputs in enumerate(Loop(steps=8)):
+        for step, inputs in enumerate(PositionedLoop(steps=8)):
             if step == 4:
                 spoil(runners[0])
                 reference.table.data += 0.5  # no version tells
@@ -181,9 +135,9 @@ def test_a_refresh_makes_them_anew():
 
 def keeper():
     """(keeper, state, inputs of the permuted graph) of the model, all by itself."""
-    compiled, runners = compile_toy(model(), steps=6, **EXACT)
+    compiled, runners = compile_toy(positioned(), steps=6, **EXACT)
     with torch.no_grad():
-        compiled(*next(iter(Loop())), ids())
+        compiled(*next(iter(PositionedLoop())), position_ids())
     canonical = runners[0].programs.plan.canonical
     values = [n.meta["val"] for n in canonical.graph.nodes if n.op == "placeholder"]
     _, positions = keep_program(canonical)
@@ -234,11 +188,11 @@ def test_an_input_that_the_graph_writes_does_not_hold_still():
 
 
 def test_the_same_compiled():
-    reference, positions = model(), ids()
+    reference, positions = positioned(), position_ids()
     compiled, runners = compile_toy(reference, steps=5, **EXACT, **ONE_REFRESH)
     outputs, dense = [], []
     with torch.no_grad():
-        for step, inputs in enumerate(Loop(steps=5)):
+        for step, inputs in enumerate(PositionedLoop(steps=5)):
             if step == 3:
                 spoil(runners[0])
             if step == 4:
@@ -250,9 +204,9 @@ def test_the_same_compiled():
 
 def test_text_is_no_position():
     """A prompt of [batch, tokens, channels] that never becomes an angle is not kept."""
-    compiled, runners = compile_toy(model(), steps=6, **EXACT)
+    compiled, runners = compile_toy(positioned(), steps=6, **EXACT)
     with torch.no_grad():
-        compiled(*next(iter(Loop())), ids())
+        compiled(*next(iter(PositionedLoop())), position_ids())
     plan = runners[0].programs.plan
     _, positions = keep_program(plan.canonical)
     placeholders = [n for n in plan.canonical.graph.nodes if n.op == "placeholder"]

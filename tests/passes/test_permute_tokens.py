@@ -244,7 +244,7 @@ def test_a_wall_between_sites_is_walked_around(wall):
 
     plan, _ = permuted(model, X(2, TOKENS, DIM), X(3 * DIM, DIM), X(3 * DIM, DIM))
     assert len(plan.sites) == 2 and len(plan.gathers) == 4 and plan.walls
-    assert all(wall.node.name in wall.name or str(wall.node.target) in wall.name for wall in plan.walls)
+    assert all(wall.node.target.__name__ in wall.name for wall in plan.walls)
 
 
 def test_chunked_feed_forward_sees_part_of_the_axis():
@@ -264,7 +264,7 @@ def test_walls_that_cost_more_than_order_is_worth():
     _, sites, plan = plan_of(model, *inputs, share=1e-3)
     assert plan.reason is Reason.WALLED_IN
     assert plan.detail["bytes"] == 4 * 2 * 2 * TOKENS * DIM * 8
-    assert plan.detail["walls"][0].startswith("aten.cumsum")
+    assert plan.detail["walls"][0].startswith("cumsum")
 
 
 def test_causal_attention_is_a_wall_itself():
