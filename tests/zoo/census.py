@@ -3,13 +3,12 @@
 Every function that a forward calls is seen (TorchFunctionMode; nothing is patched). Attention is each call of
 scaled_dot_product_attention, of PyTorch's fused layers, and each softmax of a product that is multiplied again. An MLP
 is a linear map whose input comes through elementwise functions alone, not all of them affine, from linear maps of one
-input. Whether a call belongs to the main path is told by running twice with other latents, all else the same: the
-keys of self-attention, and what an MLP reads, change; text, pooled conditions and timesteps do not.
+input. Whether a call belongs to the main path is told by running again with other latents, all else the same: the keys
+of self-attention, and what an MLP reads, change; text, pooled conditions and timesteps do not.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -27,22 +26,35 @@ class Call:
 
     kind: str  # "attention" | "mlp"
     module: str  # path of the innermost module that ran it; of an MLP, the one of its last linear
-    tokens: int  # queries of attention, rows per batch of an MLP
+    tokens: int  # queries of attention, rows for one sample of an MLP
     of: int  # keys of attention, hidden neurons of an MLP
     form: str  # attention: what was called; MLP: "two-layer", "gated", "fused"
     left: str = ""
 
 
-def census(model: nn.Module, inputs: dict[str, Any], other: dict[str, Any], min_tokens: int) -> list[Call]:
-    """The attention and MLPs of one forward. `other`: the same inputs but for the latents."""
-    first, second = (_watch(model, kwargs) for kwargs in (inputs, other))
-    assert len(first) == len(second), "another control flow for other latents"
+CONSTANT = "constant: the same at every step"
+
+
+def census(
+    model: nn.Module,
+    inputs: dict[str, Any],
+    latents: dict[str, Any],
+    times: dict[str, Any],
+    min_tokens: int,
+    batch: int,
+) -> list[Call]:
+    """The attention and MLPs of one forward. `latents`, `times`: those inputs at another step."""
+    runs = [_watch(model, inputs | changed) for changed in ({}, latents, times)]
+    assert len({len(run) for run in runs}) == 1, "another control flow for other latents"
     calls = []
-    for seen, again in zip(first, second):
+    for seen, other_latents, other_times in zip(*runs):
         call = seen.call
-        moves = seen.evidence.shape != again.evidence.shape or not torch.equal(seen.evidence, again.evidence)
-        if not moves:
-            left = "conditioning: the same for other latents"
+        if call.kind == "mlp":
+            call = replace(call, tokens=call.tokens // batch)
+        if not seen.moves(other_latents):
+            left = "conditioning: the same for other latents" if seen.moves(other_times) else CONSTANT
+        elif len({run.evidence.shape for run in (seen, other_latents, other_times)}) > 1:
+            left = "experts: tokens chosen by value"
         elif call.kind == "attention" and call.of < call.tokens:
             left = "cross-attention: fewer keys than queries"
         elif call.tokens < min_tokens:
@@ -57,6 +69,9 @@ def census(model: nn.Module, inputs: dict[str, Any], other: dict[str, Any], min_
 class _Seen:
     call: Call
     evidence: Tensor  # the keys, or what the MLP reads
+
+    def moves(self, other: _Seen) -> bool:
+        return self.evidence.shape != other.evidence.shape or not torch.equal(self.evidence, other.evidence)
 
 
 def _watch(model: nn.Module, kwargs: dict[str, Any]) -> list[_Seen]:
@@ -128,7 +143,7 @@ class _Watcher(TorchFunctionMode):
             self._note("attention", operands[0].shape[tokens], operands[1].shape[tokens], name, operands[1])
         elif name == "_transformer_encoder_layer_fwd":
             self._note("attention", operands[0].shape[1], operands[0].shape[1], name, operands[0])
-            self._note("mlp", operands[0].shape[1], args[15].shape[0], name, operands[0])
+            self._note("mlp", operands[0].shape[:2].numel(), args[15].shape[0], name, operands[0])
         elif name == "linear" or name in CONVOLUTIONS:
             self._map(operands[0], known[0], operands[1], result, name)
         elif name in PRODUCTS and len(operands) > 1:
@@ -152,9 +167,10 @@ class _Watcher(TorchFunctionMode):
             return
         if isinstance(flow, _Flow) and flow.activated:
             source = flow.source
-            dims = source.shape[2:] if name in CONVOLUTIONS else source.shape[1 if source.dim() > 2 else 0 : -1]
             hidden = x.shape[1 if name in CONVOLUTIONS else -1]
-            self._note("mlp", math.prod(dims), hidden, flow.form, source)
+            self._note(
+                "mlp", source.numel() // source.shape[1 if name in CONVOLUTIONS else -1], hidden, flow.form, source
+            )
         self._learn(result, _Flow(x))
 
     def _product(self, name: str, operands: list[Tensor], known: list, result: Tensor) -> None:
@@ -168,6 +184,8 @@ class _Watcher(TorchFunctionMode):
             self._learn(result, _Scores(operands[1]))
 
     def _follow(self, name: str, operands: list[Tensor], known: list, result: Any) -> None:
+        if name in REARRANGEMENTS:
+            known = known[:1]  # another operand lends its size or its dtype
         scores = next((k for k in known if isinstance(k, _Scores)), None)
         flows = [k for k in known if isinstance(k, _Flow)]
         if scores is not None:

@@ -75,8 +75,8 @@ def cover(entry: Entry, inductor: bool = False) -> Coverage:
     and the comparison is with the eager model: the same graphs and the same ops, in seconds.
     """
     model, inputs = entry.tiny()
-    other = {name: inputs(1)[name] for name in entry.latents}
-    calls = census(model, inputs(0), inputs(0) | other, MIN_TOKENS)
+    latents, times = ({name: inputs(1)[name] for name in names} for names in (entry.latents, entry.times))
+    calls = census(model, inputs(0), latents, times, MIN_TOKENS, entry.batch_of(latents))
     with torch.no_grad():
         expected = _plain(model, inputs, inductor)
         run = _Run(compile_graph if inductor else _as_it_is)
@@ -109,7 +109,7 @@ class _Run:
         self.analyses.clear()
         compiled = torch.compile(model, backend=self._backend)
         outputs = []
-        with chipmunk_compile.generation(model, steps=steps) if steps else contextlib.nullcontext():
+        with chipmunk_compile.generation(compiled, steps=steps) if steps else contextlib.nullcontext():
             for step in range(STEPS):
                 self.sparse.clear()
                 outputs.append(_cloned(compiled(**inputs(step))))
@@ -130,7 +130,7 @@ class _Run:
 
     def _compile(self, graph: fx.GraphModule, args: list, config: Config) -> Callable:
         ops = Counter(
-            (kind, module_path(node))
+            (kind, module_path(node) or module_path(next(iter(node.users))))
             for kind, op in DELTA_OPS.items()
             for node in graph.graph.nodes
             if node.target is op

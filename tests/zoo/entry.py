@@ -21,7 +21,11 @@ class Entry:
     build: Callable[[], Tiny]
     latents: tuple[str, ...] = ("hidden_states",)  # inputs that are new tensors at every step
     times: tuple[str, ...] = ("timestep",)  # inputs that fall towards zero
-    call: str = ""  # for the table, where the inputs are a special way of calling the model
+    batch: int | None = None  # samples, where the first dimension of the latents does not tell
+
+    def batch_of(self, latents: dict[str, Any]) -> int:
+        first = latents[self.latents[0]]
+        return self.batch or (len(first) if isinstance(first, (list, tuple)) else first.shape[0])
 
     def tiny(self) -> tuple[torch.nn.Module, Callable[[int], dict[str, Any]]]:
         """The model, and step -> its inputs: new latents, a new timestep, and for all else the same objects."""

@@ -183,7 +183,7 @@ def hidream() -> Tiny:
         num_attention_heads=2,
         caption_channels=[12, 20],
         text_emb_dim=14,
-        num_routed_experts=2,
+        num_routed_experts=4,
         num_activated_experts=2,
         axes_dims_rope=(8, 4, 4),
         max_resolution=(32, 32),

@@ -397,5 +397,5 @@ ENTRIES = (
     Entry("JoyImageEditPlusTransformer3DModel", joyimage_plus),
     Entry("MiniMaxH3Transformer3DModel", minimax_h3, ("hidden_states", "audio_hidden_states")),
     Entry("MotifVideoTransformer3DModel", motif_video),
-    Entry("TransformerTemporalModel", temporal, times=()),
+    Entry("TransformerTemporalModel", temporal, times=(), batch=1),
 )
