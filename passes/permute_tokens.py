@@ -258,7 +258,7 @@ def permute_tokens(gm: fx.GraphModule, plan: PermutationPlan) -> fx.GraphModule:
         with gm.graph.inserting_after(last):
             last = gm.graph.placeholder(f"token_order_{k}")
         like = next(g.value for g in plan.gathers for _, index in g.steps if index == k).meta["val"]
-        last.meta["val"] = like.new_empty(layout.length, dtype=torch.int64)
+        last.meta["val"] = like.new_zeros(layout.length, dtype=torch.int64)
         indices.append(last)
     position = {node: k for k, node in enumerate(gm.graph.nodes)}
     for gather in plan.gathers:
