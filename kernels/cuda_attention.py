@@ -91,7 +91,7 @@ def _attend_hopper(query, key, value, chunk_starts, base, columns, counts, out, 
     """As _attend, for tensors that suit; False if the kernel cannot be had here."""
     batch, heads, _, head_dim = query.shape
     chunks = counts.shape[2]
-    facts, tiles = tuning.attention_delta_hopper(head_dim, chunk)
+    facts, tiles = tuning.attention_delta_hopper(head_dim, chunk, columns.shape[3], query.device)
     function = kernel("attention_delta_hopper", sign=sign, head_dim=head_dim, wide=_is_wide(key, value), **facts)
     halves = -(-chunk // 64)
     blocks = 1 if facts["shared"] else halves

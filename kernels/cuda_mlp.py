@@ -85,9 +85,11 @@ def _up(x, weights, biases, chunk_starts, chosen, act_cache, region: str, chunk:
         change = x.new_empty(rows, kept, blocks * 128)
         count = -(-kept // (256 // len(weights))) * rows * blocks
         wide = max(x.shape[1] * x.stride(1), *(w.shape[0] * w.stride(0) for w in weights)) >= 1 << 31
+        form, tiles = tuning.mlp_up_hopper(len(weights), rows, x.device)
+        function = kernel("mlp_up_hopper", **facts, **form, wide=wide)
         if attempt(
-            kernel("mlp_up_hopper", **facts, wide=wide), (min(multiprocessors(x.device), count),), x, *tensors, change,
-            *strides, count, chunks, rows, blocks, x.shape[1], width, kept, **tuning.mlp_hopper(),
+            function, (min(multiprocessors(x.device), count),), x, *tensors, change,
+            *strides, count, chunks, rows, blocks, x.shape[1], width, kept, **tiles,
         ):  # fmt: skip
             return change
     tiles = tuning.mlp_up(x.dtype, chunk, len(weights), x.device)
@@ -108,11 +110,12 @@ def _down(change, down_t, chunk_starts, chosen, out_cache, chunk: int, hopper: b
     if hopper:
         blocks = -(-chunk // 128)
         count = -(-out_features // 256) * rows * blocks
-        function = kernel("mlp_down_hopper", even=out_features % 256 == 0, wide=down_t.numel() >= 1 << 31)
+        form, tiles = tuning.mlp_down_hopper(rows, change.device)
+        function = kernel("mlp_down_hopper", even=out_features % 256 == 0, wide=down_t.numel() >= 1 << 31, **form)
         if attempt(
             function, (min(multiprocessors(change.device), count),),
             change, down_t, chunk_starts, chosen, out_cache, out,
-            count, chunks, rows, blocks, tokens, out_features, kept, **tuning.mlp_hopper(),
+            count, chunks, rows, blocks, tokens, out_features, kept, **tiles,
         ):  # fmt: skip
             return out
     tiles = tuning.mlp_down(change.dtype, chunk, change.device)

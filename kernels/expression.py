@@ -33,7 +33,8 @@ class Operation:
 
     Operands are put in as names, numbers or in parentheses. C++ is written for auto-vectorisation: no
     branch, and `expf`, `tanhf`, `erff` and `logf` stand unqualified, so that the scope they are printed into
-    may offer vectorised ones. Triton uses `tl` alone: libdevice has no interpreter.
+    may offer vectorised ones. Triton uses `tl` alone (libdevice has no interpreter), and a function `sigmoid` that
+    the kernel defines.
     """
 
     arity: int
@@ -61,9 +62,9 @@ OPERATIONS: dict[str, Operation] = {
     "le": Operation(2, operator.le, "({0} <= {1})", "({0} <= {1})"),
     "where": Operation(3, torch.where, "({0} ? {1} : {2})", "tl.where({0}, {1}, {2})"),
     "relu": Operation(1, torch.relu, "std::max({0}, 0.0f)", "tl.maximum({0}, 0.0)"),
-    "sigmoid": Operation(1, torch.sigmoid, "(1.0f / (1.0f + expf(-{0})))", "tl.sigmoid({0})"),
-    "silu": Operation(1, F.silu, "({0} / (1.0f + expf(-{0})))", "({0} * tl.sigmoid({0}))"),
-    "tanh": Operation(1, torch.tanh, "tanhf({0})", "(2.0 * tl.sigmoid(2.0 * {0}) - 1.0)"),
+    "sigmoid": Operation(1, torch.sigmoid, "(1.0f / (1.0f + expf(-{0})))", "sigmoid({0})"),
+    "silu": Operation(1, F.silu, "({0} / (1.0f + expf(-{0})))", "({0} * sigmoid({0}))"),
+    "tanh": Operation(1, torch.tanh, "tanhf({0})", "(2.0 * sigmoid(2.0 * {0}) - 1.0)"),
     "erf": Operation(1, torch.erf, "erff({0})", "tl.erf({0})"),
     "gelu": Operation(
         1,
@@ -76,7 +77,7 @@ OPERATIONS: dict[str, Operation] = {
         1,
         functools.partial(F.gelu, approximate="tanh"),
         "({0} / (1.0f + expf(-1.5957691216f * {0} * (1.0f + 0.044715f * {0} * {0}))))",
-        "({0} * tl.sigmoid(1.5957691216057308 * {0} * (1.0 + 0.044715 * {0} * {0})))",
+        "({0} * sigmoid(1.5957691216057308 * {0} * (1.0 + 0.044715 * {0} * {0})))",
     ),
     # Both terms are at most |x| + log 2, so nothing overflows. torch's default threshold, 20, is float32's.
     "softplus": Operation(
@@ -208,7 +209,7 @@ def print_cpp(text: str, names: list[str]) -> str:
 
 
 def print_triton(text: str, names: list[str]) -> str:
-    """The region as one Triton float32 expression over `names`, which are variables. Needs `tl`."""
+    """The region as one Triton float32 expression over `names`, which are variables. Needs `tl` and `sigmoid`."""
     return _spell(text, names, "triton", nested=True)[-1]
 
 

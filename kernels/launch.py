@@ -73,7 +73,7 @@ def attempt(function, grid: tuple[int, ...], *args, **config) -> bool:
     try:
         launch(function, grid, *args, **config)
     except Exception as error:
-        if not _is_refusal(error):
+        if not is_refusal(error):
             raise
         _refused.add(name)
         log.warning("%s was not compiled; a portable kernel runs instead: %s", name, str(error)[:300])
@@ -81,7 +81,7 @@ def attempt(function, grid: tuple[int, ...], *args, **config) -> bool:
     return True
 
 
-def _is_refusal(error: Exception) -> bool:
+def is_refusal(error: Exception) -> bool:
     """Whether nothing ran yet: the compiler failed, or the kernel asks for more than a multiprocessor has."""
     from triton.compiler.errors import CompilationError
     from triton.runtime import errors

@@ -1,25 +1,24 @@
 """Measures tiles: for one class of shape on a new GPU, or for all, to write tuning.json.
 
-    python -m chipmunk_compile.kernels.tuner [--write]
+    python -m chipmunk_compile.kernels.tuner [--write] [--only mlp_up_hopper ...] [--budget SECONDS]
 
-Each class is timed on inputs of its own making, a few milliseconds of work, each candidate by CUDA events; one that
-does not fit the GPU is passed over. The warp-specialised kernels for Hopper are left out: their tiles are one choice.
+Each class is timed on inputs of its own making, a few milliseconds of work. A candidate that does not fit the GPU is
+passed over, and so is one whose result is not that of the portable kernel at its default tiles.
 """
 
 from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import logging
 import statistics
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Collection, Iterator
 from unittest import mock
 
 import torch
 
-from . import cuda_attention, cuda_mlp, reference, tuning
-from .launch import capability
+from . import cuda_attention, cuda_mlp, launch, reference, tuning
 
 logger = logging.getLogger("chipmunk_compile")
 
@@ -29,38 +28,91 @@ CANDIDATES: dict[str, dict[str, tuple]] = {
     "mlp_up": {"BF": (64, 128, 256), "num_warps": (4, 8), "num_stages": (2, 3, 4)},
     "mlp_down": {"BO": (128, 256), "BK": (32, 64), "num_warps": (4, 8), "num_stages": (3, 4)},
 }
+# Of the warp-specialised kernels: what differs from the default. Each was compiled for sm_90 and fits its shared
+# memory; docs/kernels.md says what each is for.
+SHARED = (
+    {},
+    {"early": True},
+    {"turns": False},
+    {"early": True, "turns": False},
+    {"early": True, "K_STAGES": 4, "V_STAGES": 2},
+    {"early": True, "turns": False, "BN": 64, "K_STAGES": 6, "V_STAGES": 6},
+)
+APART = ({}, {"early": True}, {"K_STAGES": 4, "V_STAGES": 2}, {"early": True, "BN": 32, "K_STAGES": 6, "V_STAGES": 6})
+MLP = (
+    {},
+    {"ahead": True},
+    {"ahead": True, "whole": True},
+    {"ahead": True, "whole": True, "GROUP": 16},
+    {"ahead": True, "GROUP": 64},
+)
+WORST = 2e-2  # relative distance of two bf16 results that are both right
 
 
-def measure(key: str, default: dict, device: torch.device) -> dict[str, dict]:
-    """{key: the fastest tiles}. Takes seconds, most of them compiling."""
+def measure(key: str, default: dict, device: torch.device, without: Collection[str] = ()) -> dict[str, dict]:
+    """{key: the fastest tiles}. Takes seconds, most of them compiling. without: names that keep their defaults."""
     words = key.split(" ")
-    name = words[0]
-    run = (_mlp if name.startswith("mlp") else _attention)(words, device)
-    timed = {}
-    for choice in itertools.product(*CANDIDATES[name].values()):
-        tiles = {**default, **dict(zip(CANDIDATES[name], choice))}
-        if tiles.get("BM", 0) > default.get("BM", 0) and tiles["BM"] > _chunk(words):
+    run = (_mlp if words[0].startswith("mlp") else _attention)(words, device)
+    hopper = words[0].endswith("_hopper")
+    expected = _portable(run)
+    timed: list[tuple[float, dict]] = []
+    for tiles in candidates(words, default):
+        if any(tiles[name] != default[name] for name in without if name in default):
             continue
-        with tuning.override({key: tiles}), mock.patch.object(cuda_attention, "_suits_hopper", lambda *a: False):
-            time = _milliseconds(run)
-        if time is not None:
-            timed[time] = tiles
-    best = min(timed, default=None)
-    logger.info("tiles for %s on %s: %s", key, torch.cuda.get_device_name(device), timed.get(best, default))
-    return {key: timed.get(best, default)}
+        with tuning.override({key: tiles}), _only(hopper):
+            took = _milliseconds(run, expected)
+        changed = {name: value for name, value in tiles.items() if value != default[name]}
+        logger.info("  %s %s: %s", key, changed, took if isinstance(took, str) else f"{took:.4f} ms")
+        if not isinstance(took, str):
+            timed.append((took, tiles))
+    best = min(timed, key=lambda pair: pair[0], default=(None, default))[1]
+    logger.info("tiles for %s: %s", key, best)
+    return {key: best}
 
 
-def _milliseconds(run: Callable[[], object]) -> float | None:
-    """The median of ten runs; None if the tiles ask for more than the GPU has."""
-    from triton.compiler.errors import CompilationError
-    from triton.runtime.errors import OutOfResources
+def candidates(words: list[str], default: dict) -> Iterator[dict]:
+    if words[0].endswith("_hopper"):
+        changes = MLP if words[0].startswith("mlp") else SHARED if default["shared"] else APART
+        yield from ({**default, **change} for change in changes)
+        return
+    names = CANDIDATES[words[0]]
+    for choice in itertools.product(*names.values()):
+        tiles = {**default, **dict(zip(names, choice))}
+        if tiles.get("BM", 0) <= max(default.get("BM", 0), _number(words, "chunk", 128)):
+            yield tiles
 
+
+def _only(hopper: bool):
+    """Inside, the warp-specialised kernels run, or none of them."""
+    if hopper:
+        return mock.patch.object(launch, "_refused", set())
+    return mock.patch.object(launch, "_has_gluon", lambda: False)
+
+
+def _portable(run: Callable[[], torch.Tensor | None]) -> torch.Tensor | None:
+    with _only(False):
+        result = run()
+    return None if result is None else result.double()
+
+
+def _milliseconds(run: Callable[[], torch.Tensor | None], expected: torch.Tensor | None) -> float | str:
+    """The median of ten runs with a cold L2 cache; or why there is none."""
     try:
-        run()
-    except (OutOfResources, CompilationError):
-        return None
+        result = run()
+    except Exception as error:
+        if not launch.is_refusal(error):
+            raise
+        return f"does not fit ({type(error).__name__})"
+    if launch._refused:
+        return "does not compile"
+    if expected is not None:
+        distance = ((result.double() - expected).norm() / expected.norm()).item()
+        if not distance < WORST:
+            return f"WRONG by {distance:.1e}"
     times = []
+    flush = torch.empty(256 << 20, dtype=torch.uint8, device=_device())
     for _ in range(10):
+        flush.zero_(), flush.zero_()  # long enough for the host to have launched what follows
         start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
         run()
@@ -70,23 +122,27 @@ def _milliseconds(run: Callable[[], object]) -> float | None:
     return statistics.median(times)
 
 
-def _chunk(words: list[str]) -> int:
-    return int(words[words.index("chunk") + 1]) if "chunk" in words else 128
+def _device() -> torch.device:
+    return torch.device("cuda", torch.cuda.current_device())
 
 
-def _attention(words: list[str], device: torch.device) -> Callable[[], object]:
+def _number(words: list[str], name: str, default: int) -> int:
+    return int(words[words.index(name) + 1]) if name in words else default
+
+
+def _attention(words: list[str], device: torch.device) -> Callable[[], torch.Tensor | None]:
     """A call whose time is that of attention_delta, or of the choice of columns."""
-    head_dim, chunk, tokens, heads, kept = int(words[words.index("head_dim") + 1]), _chunk(words), 8192, 16, 768
-    samples = int(words[words.index("samples") + 1]) if "samples" in words else 8
+    head_dim, chunk = _number(words, "head_dim", 128), _number(words, "chunk", 64)
+    tokens, heads, kept = (4608, 24, 768) if words[-1] == "few" else (16384, 12, 1152)
+    samples = _number(words, "samples", 8)
     starts = reference.chunk_table([tokens], chunk)
     sampled = reference.sample_table(starts, samples).to(device)
     starts = starts.to(device)
-    chunks = len(starts) - 1
     query, key, value = (
         torch.randn(1, tokens, heads, head_dim, dtype=torch.bfloat16, device=device).transpose(1, 2) for _ in range(3)
     )
     o_cache, columns, counts = reference.attention_state(
-        1, heads, tokens, tokens, head_dim, kept, chunks, torch.bfloat16, device
+        1, heads, tokens, tokens, head_dim, kept, len(starts) - 1, torch.bfloat16, device
     )
     spread = torch.arange(kept, device=device) * (tokens // kept)
     columns.copy_(spread + torch.randint(tokens // kept, columns.shape, device=device))
@@ -100,10 +156,11 @@ def _attention(words: list[str], device: torch.device) -> Callable[[], object]:
     return lambda: cuda_attention.attention_delta(query, key, value, None, starts, *state, scale, chunk)
 
 
-def _mlp(words: list[str], device: torch.device) -> Callable[[], object]:
-    """A call whose time is that of mlp_up or mlp_down."""
-    inputs = int(words[words.index("inputs") + 1]) if "inputs" in words else 1
-    chunk, tokens, width, hidden, kept = _chunk(words), 4096, 2048, 8192, 2432
+def _mlp(words: list[str], device: torch.device) -> Callable[[], torch.Tensor]:
+    """A call whose time is that of mlp_up or mlp_down, and of setting the cache back."""
+    inputs, chunk = _number(words, "inputs", 1), _number(words, "chunk", 128)
+    tokens = 16384 if words[-1] == "many" else 4096
+    width, hidden, kept = (3072, 12288, 3712) if words[0].endswith("_hopper") else (2048, 8192, 2432)
 
     def normal(*shape: int, dtype=torch.bfloat16) -> torch.Tensor:
         return torch.randn(*shape, dtype=dtype, device=device)
@@ -113,50 +170,76 @@ def _mlp(words: list[str], device: torch.device) -> Callable[[], object]:
     starts = starts.to(device)
     spread = torch.arange(kept, device=device) * (hidden // kept)
     chosen = (spread + torch.randint(hidden // kept, (rows, kept), device=device)).int()
-    if words[0] == "mlp_down":
+    hopper = words[0].endswith("_hopper")
+    if words[0].startswith("mlp_down"):
         change, down_t = normal(rows, kept, -(-chunk // 64) * 64 if chunk > 64 else chunk), normal(hidden, width)
         out_cache = normal(1, tokens, width, dtype=torch.float32)
-        return lambda: cuda_mlp._down(change, down_t, starts, chosen, out_cache, chunk, False)
-    x, weights, cache = (
-        normal(1, tokens, width),
-        [normal(hidden, width) for _ in range(inputs)],
-        normal(1, hidden, tokens),
-    )
+        before = out_cache.clone()
+
+        def down() -> torch.Tensor:
+            out_cache.copy_(before)
+            return cuda_mlp._down(change, down_t, starts, chosen, out_cache, chunk, hopper and launch._has_gluon())
+
+        return down
+    x, cache = normal(1, tokens, width), normal(1, hidden, tokens)
+    weights, biases = [normal(hidden, width) * width**-0.5 for _ in range(inputs)], [normal(hidden)] * (2 - inputs)
     region = "gelu_tanh(h0)" if inputs == 1 else "mul(silu(h0), h1)"
-    return lambda: cuda_mlp._up(x, weights, [], starts, chosen, cache, region, chunk, False)
+    before = cache.clone()
+
+    def up() -> torch.Tensor:
+        cache.copy_(before)
+        runs_hopper = hopper and launch._has_gluon()
+        return cuda_mlp._up(x, weights, biases, starts, chosen, cache, region, chunk, runs_hopper)
+
+    return up
 
 
-def classes(device: torch.device) -> list[tuple[str, dict]]:
-    """The classes that tuning.json names, with their defaults."""
+def classes(device: torch.device, hopper: bool = True) -> list[tuple[str, dict]]:
+    """The classes that tuning.json names, with their defaults; those of Hopper first."""
     found: list[tuple[str, dict]] = []
+    bf16 = torch.bfloat16
     with mock.patch.object(tuning, "_find", lambda key, default, _: found.append((key, default)) or default):
+        if hopper:
+            for chunk, kept in itertools.product((128, 64), (768, 2304)):
+                tuning.attention_delta_hopper(128, chunk, kept, device)
+            for rows in (32, 256):
+                tuning.mlp_up_hopper(1, rows, device)
+                tuning.mlp_up_hopper(2, rows, device)
+                tuning.mlp_down_hopper(rows, device)
         for head_dim, chunk in itertools.product((64, 128, 256), (64, 128)):
-            tuning.attention_delta(torch.bfloat16, head_dim, chunk, device)
+            tuning.attention_delta(bf16, head_dim, chunk, device)
         for head_dim in (64, 128):
-            tuning.attention_scores(torch.bfloat16, head_dim, 8, device)
+            tuning.attention_scores(bf16, head_dim, 8, device)
         for chunk in (64, 128):
-            tuning.mlp_up(torch.bfloat16, chunk, 1, device)
-            tuning.mlp_up(torch.bfloat16, chunk, 2, device)
-            tuning.mlp_down(torch.bfloat16, chunk, device)
+            tuning.mlp_up(bf16, chunk, 1, device)
+            tuning.mlp_up(bf16, chunk, 2, device)
+            tuning.mlp_down(bf16, chunk, device)
     return found
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Measure the tiles of all classes of shape on this GPU.")
     parser.add_argument("--write", action="store_true", help="into tuning.json, under this GPU's compute capability")
-    write = parser.parse_args().write
+    parser.add_argument("--only", nargs="+", metavar="KERNEL", help="of these kernels: mlp_up_hopper, ...")
+    parser.add_argument("--without", nargs="+", default=(), metavar="NAME", help="do not try: early, whole, BN, ...")
+    parser.add_argument("--budget", type=float, default=float("inf"), metavar="SECONDS", help="then start no class")
+    options = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    device = torch.device("cuda", torch.cuda.current_device())
-    table = {}
-    for key, default in classes(device):
-        table |= measure(key, default, device)
-    if write:
-        committed = json.loads(tuning.COMMITTED.read_text())
-        committed[tuning._name(capability(device))] = table
-        tuning.COMMITTED.write_text(json.dumps(committed, indent=1, sort_keys=True) + "\n")
-    else:
-        tuning.remember(device, table)
+    began, device = time.monotonic(), _device()
+    capability = launch.capability(device)
+    for key, default in classes(device, hopper=capability[0] == 9):
+        if options.only and key.split(" ")[0] not in options.only:
+            continue
+        if time.monotonic() - began > options.budget:
+            logger.info("out of budget before %s", key)
+            break
+        measured = measure(key, default, device, options.without)
+        if options.write:  # at once: what is cut off has lost nothing
+            tuning.commit(capability, measured)
+        else:
+            tuning.remember(device, measured)
 
 
 if __name__ == "__main__":
-    main()
+    with torch.no_grad():
+        main()

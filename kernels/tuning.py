@@ -82,22 +82,54 @@ def mlp_down(dtype: torch.dtype, chunk: int, device: torch.device) -> dict:
     return _find(key, default, device)
 
 
-# --- kernels with one choice ---
+# --- the warp-specialised kernels: what is printed is tuned too ---
+
+# Of a choice these are printed; the others are passed at launch.
+FACTS = {"shared", "turns", "early", "producer_warps", "consumer_registers", "producer_registers", "ahead", "whole"}
+FEW_COLUMNS = 1024  # lists up to this long make tiles so short that their ends weigh
+FEW_CHUNKS = 64
 
 
-def attention_delta_hopper(head_dim: int, chunk: int) -> tuple[dict, dict]:
+def attention_delta_hopper(head_dim: int, chunk: int, kept: int, device: torch.device) -> tuple[dict, dict]:
     """What to print, and the tiles: BN columns to a buffer, K_STAGES and V_STAGES buffers to a ring."""
+    key = f"attention_delta_hopper head_dim {head_dim} chunk {_class(chunk)} columns {_few(kept, FEW_COLUMNS)}"
     if 64 < chunk <= 128:
-        facts = {
-            "shared": True,
-            "turns": True,
-            "producer_warps": 4,
-            "consumer_registers": 200,
-            "producer_registers": 56,
-        }
-        return facts, {"BN": 128, "K_STAGES": 3, "V_STAGES": 3, "num_warps": 4}
-    facts = {"shared": False, "turns": False, "producer_warps": 2, "consumer_registers": 192, "producer_registers": 64}
-    return facts, {"BN": 64, "K_STAGES": 3, "V_STAGES": 3, "num_warps": 4}
+        warps = dict(producer_warps=4, consumer_registers=200, producer_registers=56)
+        return _choose(key, dict(shared=True, turns=True, early=False, **warps, **_rings(128, 3, 3)), device)
+    warps = dict(producer_warps=2, consumer_registers=192, producer_registers=64)
+    return _choose(key, dict(shared=False, turns=False, early=False, **warps, **_rings(64, 3, 3)), device)
+
+
+def mlp_up_hopper(inputs: int, rows: int, device: torch.device) -> tuple[dict, dict]:
+    """What to print, and the tiles: GROUP chunks side by side, STAGES buffers in the ring. rows: chunks in all."""
+    key = f"mlp_up_hopper inputs {inputs} chunks {_few(rows, FEW_CHUNKS)}"
+    return _choose(key, dict(ahead=False, whole=False, GROUP=32, STAGES=4, num_warps=4), device)
+
+
+def mlp_down_hopper(rows: int, device: torch.device) -> tuple[dict, dict]:
+    """As mlp_up_hopper."""
+    key = f"mlp_down_hopper chunks {_few(rows, FEW_CHUNKS)}"
+    return _choose(key, dict(ahead=False, whole=False, GROUP=32, STAGES=4, num_warps=4), device)
+
+
+def _choose(key: str, default: dict, device: torch.device) -> tuple[dict, dict]:
+    return split(_find(key, default, device))
+
+
+def split(choice: Mapping[str, int]) -> tuple[dict, dict]:
+    """What to print, and the tiles."""
+    return {k: v for k, v in choice.items() if k in FACTS}, {k: v for k, v in choice.items() if k not in FACTS}
+
+
+def _rings(columns: int, k_stages: int, v_stages: int) -> dict:
+    return {"BN": columns, "K_STAGES": k_stages, "V_STAGES": v_stages, "num_warps": 4}
+
+
+def _few(count: int, most: int) -> str:
+    return "few" if count <= most else "many"
+
+
+# --- kernels with one choice ---
 
 
 def attention_lse(dtype: torch.dtype, head_dim: int) -> dict:
@@ -109,11 +141,6 @@ def attention_lse(dtype: torch.dtype, head_dim: int) -> dict:
 def attention_select() -> dict:
     """WORDS times four levels at once while searching, BLOCK while writing."""
     return _tiles(4, 2, WORDS=1024, BLOCK=2048)
-
-
-def mlp_hopper() -> dict:
-    """GROUP chunks side by side, STAGES buffers in the ring."""
-    return {"GROUP": 32, "STAGES": 4, "num_warps": 4}
 
 
 def mlp_scores() -> dict:
@@ -155,6 +182,18 @@ def remember(device: torch.device, measured: Mapping[str, dict]) -> Path:
     os.replace(temporary, path)
     _table.cache_clear()
     return path
+
+
+def commit(capability: tuple[int, int], measured: Mapping[str, dict]) -> None:
+    """Adds tiles to the committed table, a class to a line."""
+    table = _read(COMMITTED)
+    table[_name(capability)] = {**table.get(_name(capability), {}), **measured}
+    blocks = []
+    for name, tiles in sorted(table.items()):
+        lines = [f'  "{key}": {json.dumps(choice, sort_keys=True)}' for key, choice in sorted(tiles.items())]
+        blocks.append(f' "{name}": {{\n' + ",\n".join(lines) + "\n }")
+    COMMITTED.write_text("{\n" + ",\n".join(blocks) + "\n}\n")
+    _table.cache_clear()
 
 
 def _find(key: str, default: dict, device: torch.device) -> dict:

@@ -11,11 +11,14 @@ import sys
 
 import jinja2
 import pytest
+import torch
 
 from chipmunk_compile.kernels import codegen, cuda_mlp, tuning
 from chipmunk_compile.kernels.expression import OPERATIONS
 
 ATTENTION = dict(sign="+", fixed=True, wide=False, head_dim=64, parts=codegen.parts(64), mask=None, precision="")
+CPU = torch.device("cpu")
+FORMS = [{"ahead": ahead, "whole": whole} for ahead in (False, True) for whole in (False, True)]
 HOPPER = dict(sign="-", wide=False, head_dim=128)
 ALL = {
     "attention_delta": [
@@ -25,18 +28,22 @@ ALL = {
     "attention_scores": [{k: v for k, v in ATTENTION.items() if k not in ("sign", "fixed")}],
     "attention_lse": [{k: v for k, v in ATTENTION.items() if k not in ("sign", "fixed")} | {"mask": "bool"}],
     "attention_select": [{}],
-    "attention_delta_hopper": [{**HOPPER, **tuning.attention_delta_hopper(128, chunk)[0]} for chunk in (64, 128, 192)],
+    "attention_delta_hopper": [
+        {**HOPPER, **tuning.attention_delta_hopper(128, chunk, 768, CPU)[0], "early": early}
+        for chunk, early in itertools.product((64, 128, 192), (False, True))
+    ],
     "mlp_up": [{**cuda_mlp._facts("mul(silu(h0), h1)", 2, n), "even": n > 0, "precision": ""} for n in (0, 2)],
     "mlp_down": [{"even": even, "precision": ""} for even in (True, False)],
     "mlp_scores": [cuda_mlp._facts("gelu(h0)", 1, 0)],
     "mlp_select": [{}],
     "mlp_samples": [{}],
     "mlp_up_hopper": [
-        {**cuda_mlp._facts(region, n, biases), "wide": False}
+        {**cuda_mlp._facts(region, n, biases), "wide": False, **form}
         for region, n in (("gelu_tanh(h0)", 1), ("mul(silu(h0), h1)", 2))
         for biases in (0, n)
+        for form in FORMS
     ],
-    "mlp_down_hopper": [{"even": even, "wide": True} for even in (True, False)],
+    "mlp_down_hopper": [{"even": even, "wide": True, **form} for even in (True, False) for form in FORMS],
     "gather_tokens": [{"count": n} for n in (1, 3)],
 }
 
@@ -80,7 +87,7 @@ def test_a_printed_kernel_has_no_dead_branch():
 
 def test_the_region_is_printed_into_the_kernel():
     source = codegen.render("mlp_up", **cuda_mlp._facts("mul(silu(h0), h1)", 2, 0), even=True, precision="")
-    assert "tl.sigmoid(h0)" in source and "h1" in source and "bias0" not in source
+    assert "(h0 * sigmoid(h0))" in source and "h1" in source and "bias0" not in source
 
 
 def test_the_same_facts_give_the_same_function_and_one_file(folder):
@@ -140,12 +147,17 @@ def test_parts_refuses_what_is_no_width():
 
 
 def test_every_operation_of_a_region_exists_where_it_is_printed():
-    """The Hopper kernels print the same text with Gluon's language under the name `tl`, and a sigmoid of their own."""
+    """The Hopper kernels print the same text with Gluon's language under the name `tl`."""
     triton = pytest.importorskip("triton")
     gluon = pytest.importorskip("triton.experimental.gluon.language")
     for operation in OPERATIONS.values():
         for name in re.findall(r"\btl\.(\w+)", operation.triton):
-            assert hasattr(triton.language, name)
-            assert name == "sigmoid" or hasattr(gluon, name), name
-    _, hopper = codegen.render("mlp_up_hopper", **cuda_mlp._facts("silu(h0)", 1, 0), wide=False).split("\n\n", 1)
-    assert "tl.sigmoid" not in hopper and "sigmoid(h0)" in hopper
+            assert hasattr(triton.language, name) and hasattr(gluon, name), name
+
+
+@pytest.mark.parametrize("template", ["mlp_up", "mlp_up_hopper", "mlp_scores"])
+def test_a_sigmoid_is_defined_where_it_is_used(template):
+    facts = ALL[template][0]
+    for region, used in (("silu(h0)", True), ("gelu_tanh(h0)", True), ("tanh(h0)", True), ("relu(h0)", False)):
+        source = codegen.render(template, **{**facts, **cuda_mlp._facts(region, 1, 0)})
+        assert ("def sigmoid(x)" in source) == used == (source.count("sigmoid(") > 0)

@@ -167,7 +167,8 @@ def test_cpp(tmp_path, flags):
 
 def _triton_source() -> str:
     """One kernel that writes both forms of every case: out[2 i] and out[2 i + 1], each of n elements."""
-    lines = ["import triton", "import triton.language as tl", "", "", "@triton.jit"]
+    lines = ["import triton", "import triton.language as tl", "", ""]
+    lines += ["@triton.jit", "def sigmoid(x):", "    return tl.sigmoid(x)", "", "", "@triton.jit"]
     lines.append("def cases(a, b, out, n, BLOCK: tl.constexpr):")
     body = ["at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)"]
     body += ["x = tl.load(a + at, mask=at < n)", "y = tl.load(b + at, mask=at < n)"]
