@@ -12,7 +12,8 @@ from torch import fx
 from . import telemetry
 from .config import Config
 from .plan import analyse
-from .programs import Runner, Timekeeper
+from .programs import callable_for
+from .shapes import BySize, is_symbolic
 
 log = logging.getLogger(__name__)
 _warned_of_training = False
@@ -34,15 +35,9 @@ def chipmunk(
     if torch.is_grad_enabled() and any(isinstance(t, torch.Tensor) and t.requires_grad for t in example_inputs):
         _warn_of_training()
         return _inductor(gm, example_inputs, config)
-    analysis = analyse(gm, example_inputs, config)
-    for declined in analysis.declined:
-        log.debug("%s %s stays dense: %s %s", declined.kind, declined.name, declined.reason.value, declined.detail)
-    if analysis.reason is not None:
-        log.info("the graph goes to Inductor untouched: %s %s", analysis.reason.value, analysis.detail)
-        dense = _inductor(gm, example_inputs, config)
-        tells_time = analysis.inputs.timesteps and analysis.inputs.parameters
-        return Timekeeper(analysis.inputs, dense, config) if tells_time else dense
-    return Runner(gm, analysis, config)
+    if any(map(is_symbolic, example_inputs)):
+        return BySize(gm, example_inputs, _inductor(gm, example_inputs, config), config)
+    return callable_for(gm, analyse(gm, example_inputs, config), config, lambda: _inductor(gm, example_inputs, config))
 
 
 chipmunk.reset = telemetry.reset  # torch._dynamo.reset() calls it

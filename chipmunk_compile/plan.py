@@ -97,8 +97,6 @@ def analyse(gm: fx.GraphModule, example_inputs: Sequence[Any], config: Config) -
     Raises OptionError for a grid that no attention of the graph has.
     """
     inputs = _classify(gm, example_inputs)
-    if any(isinstance(i, torch.SymInt) or _is_symbolic(i) for i in example_inputs):
-        return Analysis(inputs, reason=Reason.DYNAMIC_SHAPES)
     try:
         canonical = canonicalise(gm, list(example_inputs))
     except Exception as error:  # whatever the export cannot take, Inductor may
@@ -247,10 +245,6 @@ def _has_shape_of_an_output(canonical: fx.GraphModule, value: torch.Tensor) -> b
     return any(
         alike(o.meta["val"].shape) for o in output.all_input_nodes if isinstance(o.meta.get("val"), torch.Tensor)
     )
-
-
-def _is_symbolic(value: Any) -> bool:
-    return isinstance(value, torch.Tensor) and any(isinstance(n, torch.SymInt) for n in value.shape)
 
 
 def _mutates_shared_storage(canonical: fx.GraphModule, example_inputs: Sequence[Any]) -> bool:

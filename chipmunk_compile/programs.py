@@ -45,9 +45,11 @@ def disabled() -> Iterator[None]:
 class Programs:
     """The dense, refresh and delta program of one graph. Each is compiled when first called."""
 
-    def __init__(self, dynamo: fx.GraphModule, plan: Plan, config: Config, compiler: Compiler) -> None:
+    def __init__(
+        self, dynamo: fx.GraphModule, plan: Plan, config: Config, compiler: Compiler, dense: Callable | None = None
+    ) -> None:
         self._dynamo, self.plan, self._config, self._compiler = dynamo, plan, config, compiler
-        self._compiled: dict[Program, Callable] = {}
+        self._compiled: dict[Program, Callable] = {Program.DENSE: dense} if dense is not None else {}
         self._tables: list[torch.Tensor] | None = None
         self._lock = threading.RLock()
         self.state = [*lift_state(plan.treatments), *kept_state(plan.canonical)]
@@ -180,13 +182,19 @@ class Runner(_Called):
     """The callable that Dynamo runs in place of one captured graph: finds state and step, runs a program.
 
     compiler: makes a program's graph a callable, Inductor when not given; a test may run graphs as they are.
+    dense: that program, where it is compiled already.
     """
 
     def __init__(
-        self, gm: fx.GraphModule, analysis: Analysis, config: Config, compiler: Compiler | None = None
+        self,
+        gm: fx.GraphModule,
+        analysis: Analysis,
+        config: Config,
+        compiler: Compiler | None = None,
+        dense: Callable | None = None,
     ) -> None:
         super().__init__(analysis.inputs, config)
-        self._dynamo, self._analysis, self._config = gm, analysis, config
+        self._dynamo, self._analysis, self._config, self._dense = gm, analysis, config, dense
         self._compiler = compiler or compile_graph
         self._by_grid: dict[tuple, Programs] = {}
         self.programs: Programs | None = None
@@ -216,7 +224,7 @@ class Runner(_Called):
             grids = self._analysis.grids(args)
             if grids not in self._by_grid:
                 plan = make_plan(self._analysis, grids, self._config)
-                self._by_grid[grids] = Programs(self._dynamo, plan, self._config, self._compiler)
+                self._by_grid[grids] = Programs(self._dynamo, plan, self._config, self._compiler, self._dense)
             self.programs = self._by_grid[grids]
         if tick is not None:
             tick.stream.programs[self] = self.programs
@@ -242,3 +250,24 @@ class Runner(_Called):
         state.filled = True
         owner.root.end_call()
         return outputs
+
+
+def callable_for(
+    gm: fx.GraphModule,
+    analysis: Analysis,
+    config: Config,
+    inductor: Callable[[], Callable],
+    dense: Callable | None = None,
+) -> Callable:
+    """What Dynamo runs in place of the graph.
+
+    inductor: compiles Dynamo's graph untouched, for a graph that stays dense. dense: that program for one that does
+    not, where it is compiled already.
+    """
+    for declined in analysis.declined:
+        log.debug("%s %s stays dense: %s %s", declined.kind, declined.name, declined.reason.value, declined.detail)
+    if analysis.reason is None:
+        return Runner(gm, analysis, config, dense=dense)
+    log.info("the graph goes to Inductor untouched: %s %s", analysis.reason.value, analysis.detail)
+    tells_time = analysis.inputs.timesteps and analysis.inputs.parameters
+    return Timekeeper(analysis.inputs, inductor(), config) if tells_time else inductor()

@@ -31,7 +31,7 @@ ADVICE = {
     Reason.DISABLED_BY_OPTION: "give the option a number",
     Reason.MIXED_DTYPE: "load the model in the dtype that it runs in, instead of autocast",
     Reason.UNSUPPORTED_DTYPE: "load the model in bfloat16, float16 or float32",
-    Reason.DYNAMIC_SHAPES: "compile with dynamic=False, or one resolution per compiled model",
+    Reason.TOO_MANY_SIZES: "pad texts to one length, or compile the model once per resolution",
     Reason.NO_CLOCK: "say where generations start: with chipmunk_compile.generation(model, steps=..., streams=...), "
     "or options={'steps': ..., 'streams': ...}",
     Reason.OVER_BUDGET: "raise the memory budget",

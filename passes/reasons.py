@@ -33,7 +33,7 @@ class Reason(enum.Enum):
     NO_CANONICAL_FORM = "the graph could not be exported to functional ATen"
     ALIASED_MUTATION = "the graph mutates an input whose storage another input shares"
     TRAINING = "gradients are required"
-    DYNAMIC_SHAPES = "a dimension is symbolic"
+    TOO_MANY_SIZES = "programs were compiled for as many sizes of this graph as are kept; this one stays dense"
     # The token permutation.
     NO_GRID = "nothing says how the tokens lie in time and space: set options={'grid': (frames, height, width)}"
     AMBIGUOUS_GRID = "views contradict each other about the grid: set options={'grid': (frames, height, width)}"
