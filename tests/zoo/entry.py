@@ -19,7 +19,7 @@ class Entry:
 
     name: str
     build: Callable[[], Tiny]
-    latents: tuple[str, ...] = ("hidden_states",)  # inputs that are new tensors at every step
+    latents: tuple[str, ...] = ("hidden_states",)  # inputs that are new tensors at every step, a little further on
     times: tuple[str, ...] = ("timestep",)  # inputs that fall towards zero
     batch: int | None = None  # samples, where the first dimension of the latents does not tell
 
@@ -32,18 +32,20 @@ class Entry:
         model, kwargs = self.build()
 
         def inputs(step: int) -> dict[str, Any]:
-            generator = torch.Generator().manual_seed(step)
-            fresh = {name: _renewed(kwargs[name], generator) for name in self.latents}
-            later = {name: _earlier(kwargs[name], 1 - step / STEPS) for name in self.times}
-            return {**kwargs, **fresh, **later}
+            share = step / STEPS
+            moved = {name: _moved(kwargs[name], share) for name in self.latents}
+            later = {name: _earlier(kwargs[name], 1 - share) for name in self.times}
+            return {**kwargs, **moved, **later}
 
         return model, inputs
 
 
-def _renewed(value: Any, generator: torch.Generator) -> Any:
+def _moved(value: Any, share: float) -> Any:
+    """New latents, on the straight way from the first ones to others, as a sampler goes."""
     if isinstance(value, (list, tuple)):
-        return [_renewed(v, generator) for v in value]
-    return torch.randn(value.shape, generator=generator, dtype=value.dtype)
+        return [_moved(v, share) for v in value]
+    goal = torch.randn(value.shape, generator=torch.Generator().manual_seed(7), dtype=value.dtype)
+    return torch.lerp(value, goal, share)
 
 
 def _earlier(value: Any, share: float) -> Any:
