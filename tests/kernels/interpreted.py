@@ -23,6 +23,7 @@ ATTENTION: dict[str, dict] = {
     "boolean mask": dict(batch=2, segments=(50,), mask="bool", kept=17),
     "additive mask, few open": dict(segments=(40,), mask="additive", kept=39, layout="fused"),
     "overflow": dict(segments=(64,), peaked=True),
+    "patches, head_dim 80": dict(heads=1, head_dim=80, segments=(30, 24, 30), chunk=30, kept=32),
     "odd samples, odd kept": dict(segments=(61,), samples=3, kept=33, layout="heads first"),
 }
 MLP: dict[str, dict] = {

@@ -39,7 +39,8 @@ def attention(
     """A refresh, then deltas on new inputs: relative errors, and the part of the best columns' mass that is missed.
 
     layout: "heads last", as diffusers has it, "heads first", or "fused" (one projection). peaked: logits so large that
-    weights relative to the first columns overflow, and count 0 for some chunks.
+    weights relative to the first columns overflow. Deltas run with the refresh's counts, with random ones from 0 on,
+    and with a chunk that sees every key.
     """
     tokens, total, scale = sum(segments), kv_len or sum(segments), head_dim**-0.5
 
@@ -78,7 +79,10 @@ def attention(
     errors["o_cache"] = ((o_cache.double() - (o.double() - sparse(*wide[:3], counts))).norm() / dense.norm()).item()
     errors |= _choice(wide, key_mask, sampled, columns, counts, scale, kept)
     fresh = inputs()
-    for name, some in (("delta", counts), ("fewer", (counts * torch.rand(counts.shape, device=device)).int())):
+    fewer = (counts * torch.rand(counts.shape, device=device)).int()
+    text = fewer.clone()
+    text[:, :, -1] = total  # a chunk that sees every key, whatever its list holds
+    for name, some in (("delta", counts), ("fewer", fewer), ("text", text)):
         with poisoned():
             o = cuda.attention_delta(*fresh, key_mask, starts, o_cache, columns, some, scale, chunk)
         assert o.transpose(1, 2).is_contiguous() and o.dtype == dtype
