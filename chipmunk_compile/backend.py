@@ -12,7 +12,7 @@ from torch import fx
 from . import telemetry
 from .config import Config
 from .plan import analyse
-from .programs import callable_for
+from .runner import callable_for
 from .shapes import BySize, is_symbolic
 
 log = logging.getLogger(__name__)

@@ -66,11 +66,13 @@ class Stream:
 
 @dataclass(frozen=True)
 class Tick:
-    """One forward of a model. `fresh`: state must be recomputed, whatever the schedule says."""
+    """One forward of a model. `fresh`: state must be recomputed, whatever the schedule says. `time`: by the timestep,
+    or by the step where that is not read."""
 
     stream: Stream
     step: int
     fresh: bool
+    time: float
 
 
 class Clock:
@@ -161,7 +163,7 @@ class InferredClock(Clock):
         stream.last = evidence
         self._memory.append(evidence)
         self.live.sort(key=lambda s: s is stream)  # the one called last comes last
-        self.now = Tick(stream, stream.step, fresh)
+        self.now = Tick(stream, stream.step, fresh, evidence.time)
         return self.now
 
     def finish(self) -> None:

@@ -44,6 +44,19 @@ class ScheduleOptions:
     """A refresh at every such step, counted from the first one of the generation."""
     warmup: int = 2
     """This many first steps are refreshes: the picture is decided there."""
+    compute_every: int = 1
+    """After the warm-up one step in so many is computed, and counted for refreshes; the others are forecast."""
+
+
+@dataclass(frozen=True)
+class ForecastOptions:
+    """What outputs of earlier steps say about later ones; for a model captured as one graph."""
+
+    order: int = 1
+    """Of the extrapolation, in the timestep: 0 reuses the last output, 1 is a line, 2 a parabola."""
+    residual: float = 0.0
+    """Share of the error that a delta step is expected to make, learned at each refresh, that is corrected: 0 to 2.
+    Above 0 a refresh costs one delta pass more."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +67,7 @@ class Config:
     attention: AttentionOptions = field(default_factory=AttentionOptions)
     mlp: MlpOptions = field(default_factory=MlpOptions)
     schedule: ScheduleOptions = field(default_factory=ScheduleOptions)
+    forecast: ForecastOptions = field(default_factory=ForecastOptions)
     min_tokens: int = 768
     """Sites with fewer tokens stay dense: below it a sparse step does not pay."""
     steps: int | None = None
@@ -136,6 +150,18 @@ def _sparsity(name: str, value: Any) -> float | None:
     return float(value)
 
 
+def _order_of_forecast(name: str, value: Any) -> int:
+    if value not in (0, 1, 2) or isinstance(value, bool):
+        raise OptionError(f"{name}={value!r}: 0 (reuse), 1 (a line) or 2 (a parabola)")
+    return int(value)
+
+
+def _residual(name: str, value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0.0 <= value <= 2.0:
+        raise OptionError(f"{name}={value!r}: a factor from 0 (no correction) to 2")
+    return float(value)
+
+
 def _chunk(name: str, value: Any) -> int:
     if value not in CHUNKS or isinstance(value, bool):
         raise OptionError(f"{name}={value!r}: choose one of {', '.join(map(str, CHUNKS))}")
@@ -211,6 +237,9 @@ RULES: dict[str, Callable[[str, Any], Any]] = {
     "mlp.samples": _at_least(1),
     "schedule.refresh_every": _at_least(1),
     "schedule.warmup": _at_least(1),
+    "schedule.compute_every": _at_least(1),
+    "forecast.order": _order_of_forecast,
+    "forecast.residual": _residual,
     "min_tokens": _at_least(1),
     "steps": _at_least(1, optional=True),
     "streams": _at_least(1, optional=True),

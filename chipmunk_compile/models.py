@@ -75,6 +75,12 @@ class Root:
         running = getattr(self._running, "forward", None)
         return running if running is not None and running.epoch == self._epoch else None
 
+    @property
+    def is_one_call(self) -> bool:
+        """Whether a forward is one call of one graph, as far as is known: then its outputs are the model's."""
+        only = self._last is None or self._last.calls == 1
+        return self.whole and only and self.forward is not None and self.forward.calls == 0
+
     def forget(self) -> None:
         """No forward before this one counts any more."""
         for clock in (self._counted, self.block_clock):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import os
 import types
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from .passes.reasons import Reason
 from .passes.sites import Declined
 from .passes.token_order import patch_size
 from .plan import Analysis, Plan, analyse, make_plan
+from .printing import write_kernels
 
 aten = torch.ops.aten
 
@@ -206,11 +208,18 @@ class Report:
         return lines
 
 
-def explain(model: torch.nn.Module, *args, options: Mapping[str, Any] | None = None, **kwargs) -> Report:
+def explain(
+    model: torch.nn.Module,
+    *args,
+    options: Mapping[str, Any] | None = None,
+    kernels_dir: str | os.PathLike | None = None,
+    **kwargs,
+) -> Report:
     """Runs `model(*args, **kwargs)` once, without gradients and without compiling it, and reports what
     `torch.compile(model, backend="chipmunk", options=options)` would do.
 
-    model: any module, compiled or not. Raises OptionError for bad options, and whatever the model raises.
+    model: any module, compiled or not. kernels_dir: a folder into which the sources of its kernels are written.
+    Raises OptionError for bad options, and whatever the model raises.
     """
     config = Config.from_options(options)
     model = getattr(model, "_orig_mod", model)
@@ -234,6 +243,8 @@ def explain(model: torch.nn.Module, *args, options: Mapping[str, Any] | None = N
     lifted = [tensor for _, p in found if p for tensor in (*lift_state(p.treatments), *kept_state(p.canonical))]
     state = sum(tensor.bytes for tensor in lifted)
     graphs = tuple(_graph(analysis, plan) for analysis, plan in found)
+    if kernels_dir is not None:
+        write_kernels([plan for _, plan in found if plan], kernels_dir)
     return Report(type(model).__name__, config, tuple(sites), graphs, state, _permutation(found, grids, config))
 
 

@@ -13,14 +13,21 @@ class Program(enum.Enum):
     DENSE = "dense"
     REFRESH = "refresh"
     DELTA = "delta"
+    FORECAST = "forecast"
 
 
 def program_at(step: int, schedule: ScheduleOptions) -> Program:
     """The program of step `step` (from 0) of a generation whose state is sound.
 
+        warmup=2, refresh_every=3                     R R d R d d R d d R d d
+        warmup=2, refresh_every=3, compute_every=2    R R f d f R f d f d f R
+
     Warm-up steps are refreshes rather than dense ones: a refresh costs little more, and a model then needs two
     compiles instead of three.
     """
-    if step < schedule.warmup or step % schedule.refresh_every == 0:
+    if step < schedule.warmup:
         return Program.REFRESH
-    return Program.DELTA
+    computed, waiting = divmod(step - schedule.warmup + 1, schedule.compute_every)
+    if waiting:
+        return Program.FORECAST
+    return Program.DELTA if (computed + schedule.warmup - 1) % schedule.refresh_every else Program.REFRESH

@@ -13,7 +13,7 @@ from torch import fx
 from .config import Config
 from .passes.reasons import Reason
 from .plan import analyse
-from .programs import callable_for
+from .runner import callable_for
 
 log = logging.getLogger(__name__)
 # Each size compiles a refresh and a delta program. Resolutions are few; text that is never padded has any length.

@@ -9,7 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import chipmunk_compile
 from chipmunk_compile import OptionError, backend
-from chipmunk_compile.programs import Runner
+from chipmunk_compile.runner import Runner
 from chipmunk_compile.schedule import Program
 from tests.toy_dit import SMALL, Loop, compile_toy, toy, worst
 
@@ -177,7 +177,7 @@ def test_a_graph_called_before_the_clock_is_left_dense():
 
 
 def test_steps_given_outright_read_nothing(monkeypatch):
-    monkeypatch.setattr("chipmunk_compile.programs.read_evidence", lambda *_: pytest.fail("read from the device"))
+    monkeypatch.setattr("chipmunk_compile.runner.read_evidence", lambda *_: pytest.fail("read from the device"))
     model = toy()
     compiled, _ = compile_toy(model, steps=6, streams=2, **EXACT)
     outputs, references = [], []

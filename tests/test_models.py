@@ -5,7 +5,7 @@ import torch
 
 import chipmunk_compile
 from chipmunk_compile.backend import chipmunk
-from chipmunk_compile.programs import Runner
+from chipmunk_compile.runner import Runner
 from chipmunk_compile.schedule import Program
 from tests import tiny_models
 

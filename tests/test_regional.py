@@ -5,7 +5,7 @@ import torch
 
 import chipmunk_compile
 from chipmunk_compile.backend import chipmunk
-from chipmunk_compile.programs import Runner
+from chipmunk_compile.runner import Runner
 from tests import tiny_models
 from tests.toy_dit import SMALL, Loop, toy, worst
 
@@ -72,7 +72,7 @@ def test_generation_with_counts_reads_nothing(monkeypatch):
     def read(*_):
         raise AssertionError("read from the device")
 
-    monkeypatch.setattr("chipmunk_compile.programs.read_evidence", read)
+    monkeypatch.setattr("chipmunk_compile.runner.read_evidence", read)
     monkeypatch.setattr("chipmunk_compile.generations.read_evidence", read)
     model, loops = toy(layers=3), [Loop(seed=1), Loop(seed=2)]
     compile_blocks(model, **EXACT)

@@ -1,0 +1,207 @@
+"""The callables that Dynamo runs in place of captured graphs: they find state and step, and run a program."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import fx
+
+from . import telemetry
+from .clock import Tick
+from .config import Config
+from .evidence import read_evidence
+from .forecast import History
+from .models import Owners, Root
+from .plan import Analysis, Inputs, make_plan
+from .programs import Compiler, Programs, is_disabled
+from .schedule import Program, program_at
+from .state import Owner, State, allocate
+
+log = logging.getLogger(__name__)
+# Picture sizes of as many tokens for which programs are compiled.
+MOST_ORDERS = 4
+
+
+class _Called:
+    """What all graphs' callables share: whose call it is, and the evidence it shows."""
+
+    def __init__(self, inputs: Inputs, config: Config) -> None:
+        self._inputs = inputs
+        self._owners = Owners(inputs.parameters, inputs.latents, bool(inputs.timesteps), config)
+
+    def _tick(self, owner: Owner, args: Sequence) -> tuple[Tick, int] | None:
+        user = [args[i] for i in self._inputs.user]
+        times = [args[i] for i in self._inputs.timesteps]
+        return owner.root.tick(owner, user, lambda positions: read_evidence(times, user, positions))
+
+
+class Timekeeper(_Called):
+    """A graph that stays dense and receives the timestep: it begins the forward of the graphs called after it."""
+
+    # Forwards without any graph that uses the tick, until it is no longer taken.
+    IDLE = 3
+
+    def __init__(self, inputs: Inputs, dense: Callable, config: Config) -> None:
+        super().__init__(inputs, config)
+        self._dense = dense
+        self._idle: Counter[Root] = Counter()
+
+    def __call__(self, *args):
+        owner = self._owners.of(args)
+        root = owner.root
+        with root.lock:
+            before = root.forward
+            self._idle[root] = self._idle[root] + 1 if before is not None and before.calls == 0 else 0
+            if self._idle[root] < self.IDLE or root.wanted:
+                self._tick(owner, args)
+        return self._dense(*args)
+
+
+class Runner(_Called):
+    """The callable that Dynamo runs in place of one captured graph: finds state and step, runs a program.
+
+    compiler: makes a program's graph a callable, Inductor when not given; a test may run graphs as they are.
+    dense: that program, where it is compiled already.
+    """
+
+    def __init__(
+        self,
+        gm: fx.GraphModule,
+        analysis: Analysis,
+        config: Config,
+        compiler: Compiler | None = None,
+        dense: Callable | None = None,
+    ) -> None:
+        super().__init__(analysis.inputs, config)
+        self._dynamo, self._analysis, self._config, self._dense = gm, analysis, config, dense
+        self._compiler = compiler
+        asked = config.schedule.compute_every > 1 or config.forecast.residual > 0
+        self._remembers = asked and only_computes(analysis.canonical)
+        self._by_grid: dict[tuple, Programs] = {}
+        self.programs: Programs | None = None
+
+    def __call__(self, *args):
+        owner = self._owners.of(args)
+        # Threads that share a model take turns: two of them may share a stream, and so its state.
+        with owner.root.lock:
+            where = self._tick(owner, args)
+            programs = self._programs_of(where, owner, args)
+            if where is None:
+                return programs.run(Program.DENSE, args)
+            return self._run(programs, owner, *where, args)
+
+    def _programs_of(self, where: tuple[Tick, int] | None, owner: Owner, args: Sequence) -> Programs:
+        """The programs for the token order of this call's stream, chosen at its first step.
+
+        Another picture size may be another order of as many tokens. Any order is right; one too many to compile for
+        is merely not the best.
+        """
+        tick = where[0] if where is not None else None
+        chosen = tick.stream.programs.get(self) if tick is not None else self.programs
+        if chosen is not None and (tick is None or tick.step > 0 or not self._analysis.reads_grid):
+            return chosen
+        unread = self.programs is not None and (owner.root.counted is not None or not self._analysis.reads_grid)
+        if not unread and len(self._by_grid) < MOST_ORDERS:
+            grids = self._analysis.grids(args)
+            if grids not in self._by_grid:
+                plan = make_plan(self._analysis, grids, self._config)
+                self._by_grid[grids] = Programs(self._dynamo, plan, self._config, self._compiler, self._dense)
+            self.programs = self._by_grid[grids]
+        if tick is not None:
+            tick.stream.programs[self] = self.programs
+        return self.programs
+
+    def _run(self, programs: Programs, owner: Owner, tick: Tick, occurrence: int, args: Sequence):
+        # A block may move to another graph of the same model (guards fail, frames are captured anew): the state
+        # follows the block, and is made anew where the graph lays it out otherwise.
+        key, fits = (owner.key, occurrence), (programs, owner)
+        states = tick.stream.states
+        if is_disabled():
+            states.pop(key, None)
+            states.pop(self, None)
+            return programs.run(Program.DENSE, args)
+        state = states.get(key)
+        if state is None or state.fits != fits:
+            states.pop(key, None)
+            state = states[key] = allocate(programs.scope("stream"), fits)
+            state.weights = owner.weights(programs.scope("weights"))
+        due = program_at(tick.step, self._config.schedule) if state.filled and not tick.fresh else Program.REFRESH
+        history = self._history(owner.root, states)
+        if history is not None:
+            outputs = self._run_beside(history, due, programs, state, tick, args)
+        else:
+            outputs = self._run_program(Program.DELTA if due is Program.FORECAST else due, programs, state, args)
+        owner.root.end_call()
+        return outputs
+
+    def _run_program(self, program: Program, programs: Programs, state: State, args: Sequence):
+        state.filled = False  # until the program has run: one that fails half way leaves nothing to build on
+        outputs = programs.run(program, args, state)
+        state.filled = True
+        return outputs
+
+    def _history(self, root: Root, states: dict) -> History | None:
+        """What is remembered of a stream's outputs, where options ask for it and this graph is the whole forward."""
+        if not self._remembers or not root.is_one_call:
+            states.pop(self, None)
+            return None
+        return states.setdefault(self, History(self._config.forecast))
+
+    def _run_beside(self, history: History, due: Program, programs: Programs, state: State, tick: Tick, args: Sequence):
+        """A step whose outputs earlier ones foretell, correct, or stand in for."""
+        if tick.fresh:
+            history.filled = False
+        if due is Program.FORECAST:
+            if history.reaches(tick.time):
+                telemetry.count("forecast")
+                return history.forecast(tick.time)
+            due = Program.DELTA
+        corrects = self._config.forecast.residual > 0 and history.refreshed not in (None, tick.time)
+        if due is Program.DELTA:
+            outputs = self._run_program(due, programs, state, args)
+            outputs = history.correct(tick.time, outputs) if corrects else outputs
+        else:
+            missing = corrects and tick.step >= self._config.schedule.warmup
+            # Copied: the refresh may write where the delta's outputs lie (CUDA graphs).
+            delta = [o.clone() for o in self._run_program(Program.DELTA, programs, state, args)] if missing else None
+            outputs = self._run_program(due, programs, state, args)
+            if delta is not None:
+                history.learn(tick.time, outputs, delta)
+            history.refreshed = tick.time
+        history.record(tick.time, outputs)
+        return outputs
+
+
+def callable_for(
+    gm: fx.GraphModule,
+    analysis: Analysis,
+    config: Config,
+    inductor: Callable[[], Callable],
+    dense: Callable | None = None,
+) -> Callable:
+    """What Dynamo runs in place of the graph.
+
+    inductor: compiles Dynamo's graph untouched, for a graph that stays dense. dense: that program for one that does
+    not, where it is compiled already.
+    """
+    for declined in analysis.declined:
+        log.debug("%s %s stays dense: %s %s", declined.kind, declined.name, declined.reason.value, declined.detail)
+    if analysis.reason is None:
+        return Runner(gm, analysis, config, dense=dense)
+    log.info("the graph goes to Inductor untouched: %s %s", analysis.reason.value, analysis.detail)
+    tells_time = analysis.inputs.timesteps and analysis.inputs.parameters
+    return Timekeeper(analysis.inputs, inductor(), config) if tells_time else inductor()
+
+
+def only_computes(canonical: fx.GraphModule) -> bool:
+    """Whether a graph does nothing but return new floating-point tensors: then a step may go without it."""
+    output = next(iter(reversed(canonical.graph.nodes)))
+    values = [node.meta.get("val") if isinstance(node, fx.Node) else None for node in output.args[0]]
+    return (
+        all(isinstance(value, torch.Tensor) and value.is_floating_point() for value in values)
+        and not any(node.op == "placeholder" for node in output.all_input_nodes)
+        and not any(node.target is torch.ops.aten.copy_.default for node in canonical.graph.nodes)
+    )
