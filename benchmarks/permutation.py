@@ -17,6 +17,7 @@ import logging
 import pathlib
 import platform
 import time
+from collections import Counter
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -40,6 +41,7 @@ T = TypeVar("T")
 log = logging.getLogger("permutation")
 HERE = pathlib.Path(__file__).parent
 RESULTS, TABLE = HERE / "results" / "permutation.json", HERE.parent / "docs" / "permutation.md"
+ORDER_RESULTS = HERE / "results" / "token-orders.json"
 MIN_TOKENS = Config().min_tokens
 BYTES_PER_SECOND = 3e12  # an H100's memory, roughly
 
@@ -69,7 +71,9 @@ def captured(name: str, examine: Callable[[fx.GraphModule, list], T], **depth) -
 def survey(name: str) -> dict:
     """The plan of the graph of a model that has attention to permute, as plain data; or why none."""
     record: dict = {"model": (FULL_SIZE[name].__doc__ or "").strip().rstrip(".")}
+    torch._dynamo.utils.counters.clear()
     analyses = captured(name, lambda gm, inputs: analyse(gm, inputs, Config()))
+    breaks = list(torch._dynamo.utils.counters["graph_break"])
     for analysis in analyses:
         plan = analysis.permutation
         if isinstance(plan, PermutationPlan):
@@ -83,12 +87,19 @@ def survey(name: str) -> dict:
                 "walls": [f"{wall.name}: {wall.why}" for wall in plan.walls],
             }
     declined = [analysis.permutation for analysis in analyses if analysis.permutation is not None]
-    reason, detail = (declined[0].reason, declined[0].detail) if declined else (Reason.NO_SITES, {})
+    reason, detail = (declined[0].reason, dict(declined[0].detail)) if declined else (Reason.NO_SITES, {})
+    left = [d.reason.name for analysis in analyses for d in analysis.declined if d.kind == "attention"]
+    detail |= {"attention left dense": ", ".join(f"{name} x{n}" for name, n in Counter(left).items())} if left else {}
+    detail |= {"graph breaks": "; ".join(map(_first_line, breaks))} if breaks else {}
     return record | {
         "graphs": len(analyses),
         "reason": reason.value,
         "detail": {k: str(v) for k, v in detail.items()},
     }
+
+
+def _first_line(text: str) -> str:
+    return text.strip().splitlines()[0]
 
 
 def _described(gather: Gather, plan: PermutationPlan) -> dict:
@@ -139,8 +150,17 @@ named, two layers of each kind (the cut does not depend on how many there are), 
 Tokens of one chunk share their columns, so they should be neighbours in space. `passes/permute_tokens.py`
 reorders tokens once on the way into a graph and once on the way out. Where, is the result of a proof for
 every op and a minimum cut; nothing here is written for a model. *In* and *out* are the tensors that are
-gathered; bytes are read and written, each time the graph runs; the last column is their time at 3 TB/s. What is
-*fixed* over a generation (tables of positions) could be kept, and is not counted.
+gathered; bytes are read and written, each time the graph runs; the last column is their time at 3 TB/s. What is *kept*
+holds still over a generation (position ids, RoPE tables, learned positions): it is permuted once after each refresh,
+or when the caller passes another, and is not counted.
+"""
+
+ORDERS = """
+## Which order
+
+`python -m benchmarks.token_orders`, on the trained model of examples/tiny_dit ({steps} steps, {pictures} pictures).
+Recall is the share of attention mass in the columns chosen for a chunk. PSNR is of the finished picture against the
+dense one: with attention alone sparse, and with the options of the quickstart (MLPs too). Patches are the default.
 """
 
 
@@ -177,8 +197,27 @@ def markdown(surveys: dict[str, dict], versions: dict[str, str], timings: dict[s
                 *(t[key] for key in ("nodes", "analysis", "proof and cut", "rewrite", "all", "processor")),
             )
             lines.append(f"| {' | '.join(map(str, cells))} |")
+    lines += _orders()
     lines += ["", "Versions: " + ", ".join(f"{key} {value}" for key, value in versions.items()) + ".", ""]
     return "\n".join(lines)
+
+
+def _orders() -> list[str]:
+    """What `benchmarks.token_orders` measured, if it ran."""
+    if not ORDER_RESULTS.exists():
+        return []
+    record = json.loads(ORDER_RESULTS.read_text())
+    lines = ORDERS.format(**record).splitlines()
+    for size, found in record["sizes"].items():
+        for what in ("recall", "psnr"):
+            cases: dict[str, dict[str, float]] = {}
+            for key, value in found[what].items():
+                kind, _, case = key.partition(", ")
+                cases.setdefault(case, {})[kind] = value
+            kinds = list(next(iter(cases.values())))
+            lines += ["", f"| {size} pixels, {what} | {' | '.join(kinds)} |", "|---" * (1 + len(kinds)) + "|"]
+            lines += [f"| {case} | {' | '.join(str(row[kind]) for kind in kinds)} |" for case, row in cases.items()]
+    return lines
 
 
 def _cells(gathers: list[dict], direction: str) -> str:

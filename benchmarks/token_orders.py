@@ -2,29 +2,27 @@
 
     python -m benchmarks.token_orders [--steps 28] [--pictures 4]
 
-On the trained transformer of examples/tiny_dit. Recall: the share of attention mass in the columns that are
-chosen for a chunk by the exact mean attention of its tokens, over all layers, heads and some of the steps.
-PSNR: of the finished picture against the dense one, attention alone sparse, through the backend. Writes both
+On the trained transformer of examples/tiny_dit, at a size that divides by patches of 8x8 tokens and at one that does
+not. Recall: the share of attention mass in the columns that are chosen for a chunk by the exact mean attention of its
+tokens, over all layers, heads and some of the steps. PSNR: of the finished picture against the dense one, through the
+backend: with attention alone sparse, and with the options of examples/quickstart.py (preset "balanced"). Writes both
 to benchmarks/results/token-orders.json.
 """
 
 from __future__ import annotations
 
 import argparse
-import functools
 import json
 import logging
-import math
 import pathlib
 import platform
 import sys
-from unittest import mock
 
 import torch
-import torch.nn.functional as F
+from torch.overrides import TorchFunctionMode
 
-from chipmunk_compile import plan
-from chipmunk_compile.passes.token_order import Grid, chunk_lengths, token_order
+import chipmunk_compile
+from chipmunk_compile.passes.token_order import Grid, token_order
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "examples"))
 from tiny_dit import sampling
@@ -34,6 +32,12 @@ RESULTS = pathlib.Path(__file__).parent / "results" / "token-orders.json"
 KINDS = ("raster", "hilbert", "patch")
 CHUNKS = (32, 64, 128)
 KEPT = (0.07, 0.165)
+SIZES = ((160, 160), (144, 176))  # pixels; 40x40 and 36x44 tokens
+OPTIONS = {
+    "attention alone, chunk 64": {"mlp.sparsity": None},
+    "attention alone, chunk 128": {"mlp.sparsity": None, "attention.chunk": 128},
+    "quickstart, chunk 64": {},
+}
 
 
 def main() -> None:
@@ -45,44 +49,61 @@ def main() -> None:
     logging.getLogger("torch").setLevel(logging.ERROR)
 
     model = sampling.load_model()
-    captions = list(sampling.CAPTIONS[: options.pictures])
-    conditioning, noise = sampling.prepare(captions, model), sampling.starting_noise(len(captions), 0, model)
     device = platform.processor() or platform.machine()
-    record = {"torch": torch.__version__, "device": device, **vars(options)}
-    record["recall"], dense = recall(model, noise, conditioning, options.steps)
-    record["psnr"] = {}
-    for kind in KINDS:
-        for chunk in (64, 128):
-            tokens = sparse(model, noise, conditioning, options.steps, kind, chunk)
-            record["psnr"][f"{kind}, chunk {chunk}"] = round(psnr(tokens, dense), 2)
-            log.info("%s, chunk %d: %.2f dB", kind, chunk, psnr(tokens, dense))
+    record = {"torch": torch.__version__, "device": device, **vars(options), "sizes": {}}
+    for size in SIZES:
+        record["sizes"]["{}x{}".format(*size)] = compare(model, size, options)
     RESULTS.parent.mkdir(exist_ok=True)
     RESULTS.write_text(json.dumps(record, indent=1) + "\n")
 
 
-def recall(model, noise, conditioning, steps: int) -> tuple[dict[str, float], torch.Tensor]:
-    """Mean recall by order, chunk and share of columns kept, at every sixth step; and the dense picture."""
-    side = math.isqrt(noise.shape[1])
-    grid, text = (1, side, side), conditioning.encoder_hidden_states.shape[1]
-    sums: dict[str, list[float]] = {}
-    plain = F.scaled_dot_product_attention
+def compare(model, size: tuple[int, int], options: argparse.Namespace) -> dict[str, dict[str, float]]:
+    """Recall and PSNR of every order at one size of picture."""
+    captions = list(sampling.CAPTIONS[: options.pictures])
+    conditioning = sampling.prepare(captions, model, *size)
+    noise = sampling.starting_noise(len(captions), 0, model, *size)
+    grid = (1, size[0] // sampling.PATCH, size[1] // sampling.PATCH)
+    with ChunkRecall(grid) as watched:
+        dense = sampling.denoise(model, noise, conditioning, options.steps, progress=watched.count)
+    log.info("%dx%d: recall over %d attentions", *size, watched.attentions)
+    found: dict[str, float] = {}
+    for name, choice in OPTIONS.items():
+        for kind in KINDS:
+            torch._dynamo.reset()
+            chipmunk_compile.reset()
+            chosen = {**choice, "order": kind, "steps": options.steps}
+            compiled = torch.compile(model, backend="chipmunk", options=chosen)
+            tokens = sampling.denoise(compiled, noise, conditioning, options.steps)
+            found[f"{kind}, {name}"] = round(psnr(tokens, dense, size), 2)
+            log.info("%s, %s: %.2f dB", kind, name, found[f"{kind}, {name}"])
+    return {"recall": watched.mean(), "psnr": found}
 
-    def watched(query, key, value, *args, **kwargs):
-        if step[0] % 6 == 3:
+
+class ChunkRecall(TorchFunctionMode):
+    """Watches attention while a model runs, at every sixth step: the mean recall by order, chunk and share kept."""
+
+    def __init__(self, grid: Grid) -> None:
+        super().__init__()
+        self.grid, self.step, self.attentions = grid, 0, 0
+        self._sums: dict[str, float] = {}
+
+    def count(self, done: int, _: int) -> None:
+        """To be called after each step."""
+        self.step = done
+
+    def mean(self) -> dict[str, float]:
+        return {name: round(total / self.attentions, 4) for name, total in self._sums.items()}
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if function is torch.nn.functional.scaled_dot_product_attention and self.step % 6 == 3:
+            query, key = (*args, *kwargs.values())[:2]
             weights = (query @ key.transpose(-1, -2) * query.shape[-1] ** -0.5).softmax(-1)
-            for name, share in chunk_recall(weights[..., text:, :], grid).items():
-                sums.setdefault(name, []).append(share)
-        return plain(query, key, value, *args, **kwargs)
-
-    step = [0]
-
-    def count(done: int, _: int) -> None:
-        step[0] = done
-
-    with mock.patch.object(F, "scaled_dot_product_attention", watched):
-        dense = sampling.denoise(model, noise, conditioning, steps, progress=count)
-    log.info("recall over %d attentions", len(next(iter(sums.values()))))
-    return {name: round(sum(shares) / len(shares), 4) for name, shares in sums.items()}, dense
+            tokens = self.grid[1] * self.grid[2]
+            for name, share in chunk_recall(weights[..., -tokens:, :], self.grid).items():  # text comes first
+                self._sums[name] = self._sums.get(name, 0.0) + share
+            self.attentions += 1
+        return function(*args, **kwargs)
 
 
 def chunk_recall(weights: torch.Tensor, grid: Grid) -> dict[str, float]:
@@ -91,7 +112,6 @@ def chunk_recall(weights: torch.Tensor, grid: Grid) -> dict[str, float]:
     for kind in KINDS:
         for chunk in CHUNKS:
             order, lengths = token_order(grid, chunk, kind)
-            lengths = lengths if kind == "patch" else chunk_lengths(len(order), chunk)
             parts = weights.index_select(2, order).split(lengths, 2)
             mass = torch.stack([part.mean(2) for part in parts], 2)  # [batch, heads, chunks, all tokens]
             size = torch.tensor(lengths, dtype=mass.dtype)
@@ -102,19 +122,11 @@ def chunk_recall(weights: torch.Tensor, grid: Grid) -> dict[str, float]:
     return out
 
 
-def sparse(model, noise, conditioning, steps: int, kind: str, chunk: int) -> torch.Tensor:
-    """The picture by the backend, attention alone sparse, in one order."""
-    options = {"attention.sparsity": 0.835, "attention.chunk": chunk, "mlp.sparsity": None, "steps": steps}
-    ordered = functools.partial(plan.run_order, kind=kind)
-    torch._dynamo.reset()
-    with mock.patch.object(plan, "run_order", ordered):
-        compiled = torch.compile(model, backend="chipmunk", options=options)
-        return sampling.denoise(compiled, noise, conditioning, steps)
-
-
-def psnr(picture: torch.Tensor, reference: torch.Tensor) -> float:
-    """Peak signal to noise in dB, for values of about -1 to 1."""
-    return 10 * math.log10(4 / (picture - reference).square().mean().item())
+def psnr(tokens: torch.Tensor, reference: torch.Tensor, size: tuple[int, int]) -> float:
+    """Mean over the pictures, in dB, of pictures in 0..1 after clamping, as they are shown."""
+    shown, wanted = (sampling.unpack(t, *size).clamp(-1, 1) / 2 for t in (tokens, reference))
+    error = (shown - wanted).square().mean((1, 2, 3)).clamp_min(1e-12)
+    return (-10 * error.log10()).mean().item()
 
 
 if __name__ == "__main__":

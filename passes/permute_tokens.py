@@ -74,8 +74,9 @@ class Wall:
 
 def described(node: fx.Node) -> str:
     """A value by the op that makes it and the module whose forward that is in: "linear.default of proj_out"."""
-    op = "input" if node.op == "placeholder" else str(node.target).removeprefix("aten.")
-    return " of ".join(filter(None, (op, module_path(node))))
+    made = owner(node)
+    op = "input" if made.op == "placeholder" else str(made.target).removeprefix("aten.")
+    return " of ".join(filter(None, (op, module_path(made))))
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,6 @@ import torch
 from torch import fx
 
 import chipmunk_compile
-from chipmunk_compile import programs
 from chipmunk_compile.kept import Keeper
 from chipmunk_compile.passes.keep_gathers import keep_program, kept_gathers
 from chipmunk_compile.passes.lower import kept_state
@@ -19,13 +18,6 @@ EXACT = {"attention.sparsity": 0.0, "mlp.sparsity": 0.0}
 ONE_REFRESH = {"schedule.warmup": 1, "schedule.refresh_every": 100}
 
 
-@pytest.fixture(autouse=True)
-def eager(request, monkeypatch):
-    """Programs run as they are: what Inductor makes of them is tested once, at the end."""
-    if "compiled" not in request.node.name:
-        monkeypatch.setattr(programs, "compile_graph", lambda graph, args, config: graph)
-
-
 def spoil(runner):
     """Writes NaN into the kept gathers of the one stream: a delta that uses them shows it."""
     (owner,) = runner._owners._known.values()
@@ -37,6 +29,7 @@ def spoil(runner):
         tensor.fill_(float("nan"))
 
 
+@pytest.mark.usefixtures("uncompiled")
 def test_the_delta_program_computes_nothing_that_holds_still():
     compiled, runners = compile_toy(positioned(), steps=6, **EXACT)
     with torch.no_grad():
@@ -51,6 +44,7 @@ def test_the_delta_program_computes_nothing_that_holds_still():
     assert targets[Program.REFRESH].count(gather) - sampled - targets[Program.DELTA].count(gather) == 3
 
 
+@pytest.mark.usefixtures("uncompiled")
 def test_the_keep_program_reads_no_more_than_it_needs():
     compiled, runners = compile_toy(positioned(), steps=6, **EXACT)
     with torch.no_grad():
@@ -62,6 +56,7 @@ def test_the_keep_program_reads_no_more_than_it_needs():
     assert sum(n.op == "call_function" for n in program.graph.nodes) < 12
 
 
+@pytest.mark.usefixtures("uncompiled")
 @pytest.mark.parametrize("batch, sparsity", [(3, 0.0), (1, 0.5)])
 def test_kept_gathers_change_nothing(batch, sparsity):
     reference = positioned()
@@ -93,6 +88,7 @@ def run_steps(change, inference=False):
     return outputs, dense
 
 
+@pytest.mark.usefixtures("uncompiled")
 def test_they_are_made_once():
     outputs, _ = run_steps(lambda model, ids: ids)
     assert all(output.isfinite().all() for output in outputs[:4])
@@ -108,6 +104,7 @@ def _table_written(model, ids):
     return ids
 
 
+@pytest.mark.usefixtures("uncompiled")
 @pytest.mark.parametrize(
     "change", [lambda model, ids: ids + 0.5, _moved_in_place, _table_written], ids=["another", "in place", "parameter"]
 )
@@ -115,10 +112,12 @@ def test_what_changes_within_a_generation_is_seen(change):
     assert worst(*run_steps(change)) < 1e-5
 
 
+@pytest.mark.usefixtures("uncompiled")
 def test_inference_tensors_have_no_version_and_are_never_trusted():
     assert worst(*run_steps(_moved_in_place, inference=True)) < 1e-5
 
 
+@pytest.mark.usefixtures("uncompiled")
 def test_a_refresh_makes_them_anew():
     reference, positions = positioned(), position_ids()
     compiled, runners = compile_toy(reference, steps=8, **EXACT, **{"schedule.warmup": 1, "schedule.refresh_every": 4})
@@ -145,6 +144,7 @@ def keeper():
     return Keeper(canonical), allocate(kept_state(canonical)), inputs, positions
 
 
+@pytest.mark.usefixtures("uncompiled")
 def test_every_input_that_is_read_is_watched():
     keep, state, inputs, positions = keeper()
 
@@ -165,6 +165,7 @@ def test_every_input_that_is_read_is_watched():
         assert not made_anew(inputs)
 
 
+@pytest.mark.usefixtures("uncompiled")
 def test_a_keep_program_that_fails_leaves_nothing_to_trust():
     keep, state, inputs, positions = keeper()
     keep.update(state, inputs)
@@ -202,6 +203,7 @@ def test_the_same_compiled():
     assert outputs[3].isnan().any() and worst(outputs[:3] + outputs[4:], dense[:3] + dense[4:]) < 1e-5
 
 
+@pytest.mark.usefixtures("uncompiled")
 def test_text_is_no_position():
     """A prompt of [batch, tokens, channels] that never becomes an angle is not kept."""
     compiled, runners = compile_toy(positioned(), steps=6, **EXACT)
