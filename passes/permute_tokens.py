@@ -253,7 +253,7 @@ def permute_tokens(gm: fx.GraphModule, plan: PermutationPlan) -> fx.GraphModule:
     Before: f(*inputs). After: f(*inputs, *index_inputs(plan, orders)), equal up to rounding for any orders.
     Each gather is an `aten.index_select`; the result of a fixed one has `meta["kept"] = True` (`keep_gathers`).
     """
-    last = [node for node in gm.graph.nodes if node.op == "placeholder"][-1]
+    last = _inputs_first(gm.graph)
     indices = []
     for k, layout in enumerate(plan.layouts):
         with gm.graph.inserting_after(last):
@@ -261,10 +261,9 @@ def permute_tokens(gm: fx.GraphModule, plan: PermutationPlan) -> fx.GraphModule:
         like = next(g.value for g in plan.gathers for _, index in g.steps if index == k).meta["val"]
         last.meta["val"] = like.new_zeros(layout.length, dtype=torch.int64)
         indices.append(last)
-    position = {node: k for k, node in enumerate(gm.graph.nodes)}
     for gather in plan.gathers:
         out = gather.value
-        place = max(out, last, key=position.__getitem__)
+        place = last if out.op == "placeholder" else out
         for dim, k in gather.steps:
             with gm.graph.inserting_after(place):
                 place = gm.graph.call_function(aten.index_select.default, (out, dim, indices[k]))
@@ -277,6 +276,15 @@ def permute_tokens(gm: fx.GraphModule, plan: PermutationPlan) -> fx.GraphModule:
         for user in gather.users:
             user.replace_input_with(gather.value, out)
     return clean(gm)
+
+
+def _inputs_first(graph: fx.Graph) -> fx.Node:
+    """Moves placeholders ahead of all else, in their order, and returns the last of them."""
+    first = next(node for node in graph.nodes if node.op != "placeholder")
+    placeholders = [node for node in graph.nodes if node.op == "placeholder"]
+    for node in placeholders[list(graph.nodes).index(first) :]:
+        first.prepend(node)
+    return placeholders[-1]
 
 
 def run_order(
