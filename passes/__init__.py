@@ -1,9 +1,11 @@
 """Graph -> graph, one pass a file. PASSES is the order in which the backend runs them on a canonical graph."""
 
 from .raise_attention import raise_attention
+from .raise_linears import raise_linears
 from .split_linears import split_linears
 
 PASSES = (
+    raise_linears,  # x @ W, addmm, pairs of 1x1 convolutions -> linear
     raise_attention,  # every spelling of softmax(QK^T)V -> one aten.scaled_dot_product_attention
     split_linears,  # linear(cat(a, b)) -> linear(a) + linear(b), split(linear(x)) -> linears, where an MLP needs it
 )

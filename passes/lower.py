@@ -269,12 +269,20 @@ def _delta_mlp(at: _Site, node: fx.Node) -> fx.Node:
         biases = [at.call(aten.zeros_like.default, like) if b is None else b for b in biases]
     out = at.call(
         torch.ops.chipmunk.mlp_delta.default,
-        rows, [at.node(up.weight) for up in site.up], [b for b in biases if b is not None],
+        rows, [_by_rows(at, up.weight) for up in site.up], [b for b in biases if b is not None],
         at.cache("down_t"), at.cache("down_norm"), starts, samples,
         at.cache("act_cache"), at.cache("sample_cache"), at.cache("out_cache"),
         site.region, at.treatment.chunk, at.treatment.kept,
     )  # fmt: skip
     return at.call(aten.view.default, out, shape)
+
+
+def _by_rows(at: _Site, weight: fx.Node) -> fx.Node:
+    """[hidden, in_features], each row contiguous: kernels gather rows. Only a matrix kept transposed is copied."""
+    rows = at.node(weight)
+    if weight.meta["val"].stride(-1) == 1:
+        return rows
+    return at.call(aten.clone.default, rows, memory_format=torch.contiguous_format)
 
 
 _BUILDERS = {

@@ -75,7 +75,7 @@ def _repeat_interleave(node: Node, known: dict[Node, Labels]) -> Labels | None:
 
 def _cat(node: Node, known: dict[Node, Labels]) -> Labels:
     parts, dim = node.args[0], (*node.args, 0)[1] % len(shape(node))
-    parts = [p for p in parts if shape(p) != (0,)]
+    parts = [p for p in parts if 0 not in shape(p)]  # what partial RoPE passes through, where it turns all channels
     return tuple(
         concatenate([known[p][d] for p in parts]) if d == dim else union([known[p][d] for p in parts])
         for d in range(len(shape(node)))

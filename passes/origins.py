@@ -41,7 +41,7 @@ class Axis:
 
 # kind "constant": the value does not change along it. "feature": it changes, and its positions have no identity
 # (channels of a projection, a table computed from arange). "outer"/"inner": the parts of an axis that a view split.
-# "bundle": a label of several segments, merged with other axes by a view. Others are roots.
+# "bundle": a label of several segments, or a part of a track, merged with other axes by a view. Others are roots.
 Track = tuple[Axis, ...]
 
 
@@ -277,15 +277,22 @@ def _merge(labels: list[Label]) -> list[Entry]:
     merged = [Entry((), 0, False)]
     for label in labels:
         size = size_of(label)
-        entries = label[0].entries
-        if len(label) > 1 or any(not _is_whole(e, size) for e in entries):
-            flag = any(e.projected for segment in label for e in segment.entries)
-            entries = [Entry((Axis("bundle", (label,), size),), 0, flag)]
+        entries: Iterable[Entry] = [
+            e if _is_whole(e, size) else _bundle((Segment(size, frozenset([e])),)) for e in label[0].entries
+        ]
+        if len(label) > 1:
+            entries = [_bundle(label)]
         merged = [Entry(_joined(a.track, b.track), 0, a.projected or b.projected) for a in merged for b in entries]
         if len(merged) > MOST_ENTRIES:
             whole = math.prod(axis.size for axis in merged[0].track)
             merged = [Entry((Axis("bundle", (frozenset(merged),), whole),), 0, any(e.projected for e in merged))]
     return merged
+
+
+def _bundle(label: Label) -> Entry:
+    """One entry that stands for what cannot be factored: several segments, a part of a track."""
+    flag = any(e.projected for segment in label for e in segment.entries)
+    return Entry((Axis("bundle", (label,), size_of(label)),), 0, flag)
 
 
 def _is_whole(entry: Entry, size: int) -> bool:
@@ -345,7 +352,21 @@ def _unbundle(segment: Segment) -> Label:
     """A bundle that stands alone again is the label it was made of."""
     if len(segment.entries) == 1:
         (entry,) = segment.entries
-        axis = entry.track[0]
-        if len(entry.track) == 1 and axis.kind == "bundle" and not isinstance(axis.key[0], frozenset):
-            return projected(axis.key[0]) if entry.projected else axis.key[0]
-    return (segment,)
+        label = _bundled(entry)
+        if label is not None:
+            return projected(label) if entry.projected else label
+    entries: set[Entry] = set()
+    for entry in segment.entries:
+        label = _bundled(entry)
+        if label is None or len(label) > 1:
+            entries.add(entry)
+        else:
+            entries |= (projected(label) if entry.projected else label)[0].entries
+    return (Segment(segment.size, frozenset(entries)),)
+
+
+def _bundled(entry: Entry) -> Label | None:
+    axis = entry.track[0]
+    if len(entry.track) == 1 and axis.kind == "bundle" and not isinstance(axis.key[0], frozenset):
+        return axis.key[0]
+    return None

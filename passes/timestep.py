@@ -13,6 +13,7 @@ _SHAPE_OPS = {
     aten.expand.default, aten.flatten.using_ints, aten.unflatten.int, aten.select.int, aten.slice.Tensor,
     aten._to_copy.default, aten.to.dtype, aten.outer.default, aten.contiguous.default, aten.clone.default,
     aten.permute.default, aten.transpose.int, aten.repeat.default, aten.matmul.default, aten.mm.default,
+    aten.cat.default,
 }  # fmt: skip
 # A timestep per token of a long video is still one; a table of token coordinates is not.
 _MOST_NUMBERS = 1 << 18
@@ -25,22 +26,24 @@ def find_timesteps(gm: fx.GraphModule, candidates: set[int]) -> list[int]:
                                                   -> cos
 
     candidates: positions that are neither parameters nor module tensors. Guidance reaches sin and cos too: which of
-    the found inputs moves is known at run time only. Scalars and [batch] inputs win over per-token ones [batch, n].
+    the found inputs moves is known at run time only. Scalars and [batch] inputs win over those
+    per frame or token, [batch, n] or [batch, 1, n].
     """
     placeholders = [n for n in gm.graph.nodes if n.op == "placeholder"]
     position = {node: i for i, node in enumerate(placeholders) if i in candidates}
-    found: set[int] = set()
+    reached = {aten.sin.default: set(), aten.cos.default: set()}
     for node in gm.graph.nodes:
-        if node.target is aten.sin.default and any(u.target is aten.cos.default for u in node.args[0].users):
-            found |= {position[s] for s in _sources(node.args[0]) if s in position}
+        if node.target in reached:
+            reached[node.target] |= {position[s] for s in _sources(node.args[0]) if s in position}
+    found = set.intersection(*reached.values())
     by_rank: dict[int, list[int]] = {}
     for i in sorted(found):
         value = placeholders[i].meta["val"]
         if not isinstance(value, torch.Tensor):
             by_rank.setdefault(0, []).append(i)
-        elif value.dim() <= 2 and value.numel() <= _MOST_NUMBERS:
-            wide = value.dim() == 2 and value.shape[1] > 1
-            by_rank.setdefault(2 if wide else 1, []).append(i)
+        elif value.dim() <= 3 and value.numel() <= _MOST_NUMBERS:
+            wide = value.numel() > value.shape[0] if value.dim() > 1 else False
+            by_rank.setdefault(value.dim() if wide else 1, []).append(i)
     return by_rank[min(by_rank)] if by_rank else []
 
 

@@ -119,6 +119,34 @@ def test_position_tables_are_no_sequence(turn, shared):
     assert site(body, x(), *tables).q_len == TOKENS
 
 
+@pytest.mark.parametrize("turned", [DIM, DIM // 2])
+def test_partial_rope_and_learned_norms_per_head(turned):
+    """What passes through may be empty; halves of a head that learned scales tell apart are channels, not tokens."""
+
+    def body(m, x, cos, sin, scale_q, scale_k):
+        def turn(x, scale):
+            x = x.unflatten(-1, (HEADS, DIM)) * scale
+            rest, x = x[..., turned:], x[..., :turned]
+            a, b = x.unflatten(-1, (2, -1)).unbind(-2)
+            turned_x = x * cos[:, None, :turned] + torch.cat([-b, a], -1) * sin[:, None, :turned]
+            return torch.cat([turned_x, rest], -1).flatten(2)
+
+        return attend(m, turn(m.q(x), scale_q), turn(m.k(x), scale_k), m.v(x))
+
+    inputs = (*(torch.randn(TOKENS, DIM) for _ in range(2)), *(torch.randn(DIM) for _ in range(2)))
+    assert site(body, x(), *inputs).q_len == TOKENS
+
+
+def test_a_part_of_a_sequence_taken_apart_by_a_view_is_no_channel():
+    """Even and odd tokens of one half of the sequence: queries and keys are not the same tokens."""
+
+    def body(m, x):
+        even, odd = x[:, :32].unflatten(1, (16, 2)).unbind(2)
+        return attend(m, m.q(even), m.k(odd), m.v(odd))
+
+    assert refused(body, x()) in (Reason.CROSS_ATTENTION, Reason.UNPROVEN_SELF_ATTENTION)
+
+
 def test_positions_from_arange():
     def body(m, x):
         def table():

@@ -8,6 +8,7 @@ from chipmunk_compile.passes.attention_sites import find_attention
 from chipmunk_compile.passes.lower import Treatment, lift_state, lower
 from chipmunk_compile.passes.mlp_sites import find_mlps
 from tests.capture import capture
+from tests.record import record
 from tests.toy_dit import Loop, toy
 
 aten, chipmunk = torch.ops.aten, torch.ops.chipmunk
@@ -94,3 +95,33 @@ def test_refresh_then_delta_on_the_same_inputs_is_the_dense_output(chunks):
         again = lower(gm, treatments, "delta")(*inputs, *state)[0]
     for output in (refreshed, again):
         assert (output - dense).abs().max() < 1e-5 * dense.abs().max()
+
+
+class SequenceFirst(torch.nn.Module):
+    """Attention as nn.MultiheadAttention calls it, and an MLP whose matrices are kept as x @ W wants them."""
+
+    def __init__(self):
+        super().__init__()
+        self.attn = torch.nn.MultiheadAttention(16, 2)
+        self.w1, self.w2 = (torch.nn.Parameter(torch.randn(size) / 4) for size in ((16, 40), (40, 16)))
+
+    def forward(self, x):
+        x = x + self.attn(x, x, x, need_weights=False)[0].transpose(0, 1).contiguous().transpose(0, 1)
+        return torch.nn.functional.gelu(x.transpose(0, 1) @ self.w1) @ self.w2
+
+
+def test_values_may_be_laid_out_otherwise_and_matrices_stand_transposed():
+    """The export leaves out copies that SDPA's own strides made superfluous; the ops' strides are others."""
+    model, x = SequenceFirst().eval().requires_grad_(False), torch.randn(68, 2, 16)
+    (dense, *_), (run,) = record(model, x, passes=PASSES)
+    sites = find_attention(run.gm, min_tokens=8)[0] + find_mlps(run.gm, min_tokens=8)[0]
+    assert [site.kind for site in sites] == ["attention", "mlp"]
+    treatments = [Treatment(site, (68, 40)[site.kind == "mlp"], 4, (32, 36)) for site in sites]
+    state = [tensor.empty() for tensor in lift_state(treatments)]
+    inputs = [run.values[n] for n in run.gm.graph.nodes if n.op == "placeholder"]
+    for program in ("refresh", "delta"):
+        lowered = lower(run.gm, treatments, program)
+        with torch.no_grad():
+            torch.testing.assert_close(lowered(*inputs, *state)[0], dense, rtol=1e-4, atol=1e-4)
+    (delta,) = [n for n in lowered.graph.nodes if n.target is chipmunk.mlp_delta.default]
+    assert [w.target for w in delta.args[1]] == [aten.clone.default]  # rows of a matrix that is kept transposed

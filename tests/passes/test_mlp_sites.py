@@ -112,6 +112,14 @@ def test_where_the_tokens_are(shape, batch, count):
         assert [(s.batch, s.tokens) for s in sites] == [(batch, count)] and not declined
 
 
+@pytest.mark.parametrize("shape, found", [((9, 3, DIM), (1, 27)), ((3, 9, DIM), None), ((9, 2, DIM), None)])
+def test_many_short_sequences_count_together(shape, found):
+    """Rows of an MLP do not mix: the frames of every pixel, or a batch that stands second, are one sequence."""
+    sites, declined = find(Toy(FORMS["gelu(h0)"]), tokens(*shape), min_tokens=20)
+    assert [(s.batch, s.tokens) for s in sites] == ([found] if found else [])
+    assert [d.reason for d in declined] == ([] if found else [Reason.TOO_FEW_TOKENS])
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_dtypes(dtype):
     toy = Toy(FORMS["mul(silu(h0), h1) of chunks"]).to(dtype)

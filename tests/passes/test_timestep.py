@@ -39,6 +39,17 @@ def test_integers_and_a_time_per_token():
     assert find(PerToken(), torch.randn(2, 7, 4), torch.randint(0, 1000, ())) == [()]
 
 
+def test_a_time_per_frame_and_products_of_their_own():
+    class PerFrame(torch.nn.Module):
+        def forward(self, x, t):
+            frequencies = torch.exp(-torch.arange(4) / 3)
+            time = torch.cat([t.flatten(), torch.zeros(1)])[:, None]
+            return x * ((time * frequencies).sin().sum() + (time * frequencies).cos().sum())
+
+    assert find(PerFrame(), torch.randn(2, 4), torch.rand(2, 1, 3)) == [(2, 1, 3)]
+    assert find(PerFrame(), torch.randn(2, 4), torch.rand(2, 1, 3, 1)) == []
+
+
 @pytest.mark.parametrize("pair", ["sin", "cos"])
 def test_a_sine_alone_is_no_embedding(pair):
     class Siren(torch.nn.Module):

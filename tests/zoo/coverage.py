@@ -17,7 +17,7 @@ from chipmunk_compile.passes.naming import module_path
 from chipmunk_compile.passes.permute_tokens import PermutationPlan
 from chipmunk_compile.passes.sites import Declined
 from chipmunk_compile.plan import Analysis, analyse
-from chipmunk_compile.programs import Runner, Timekeeper, compile_graph
+from chipmunk_compile.runner import Runner, Timekeeper, compile_graph
 from tests.zoo.census import Call, census
 from tests.zoo.entry import STEPS, Entry
 
