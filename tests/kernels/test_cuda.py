@@ -6,8 +6,9 @@ import logging
 
 import pytest
 import torch
+from torch._subclasses import FakeTensorMode
 
-from chipmunk_compile.kernels import cuda, cuda_attention, cuda_mlp, launch, ops, reference
+from chipmunk_compile.kernels import cuda, cuda_attention, cuda_mlp, launch, ops, reference, tuning
 from chipmunk_compile.plan import _fit, _kept
 
 GPU, CPU = torch.device("cuda", 0), torch.device("cpu")
@@ -18,7 +19,12 @@ BF16 = torch.bfloat16
 def gpu(monkeypatch):
     """A GPU that is not there, of capability 9.0 unless set otherwise."""
     present = {"capability": (9, 0)}
-    monkeypatch.setattr(launch, "capability", lambda device: present["capability"])
+    for module in (launch, tuning):
+        monkeypatch.setattr(module, "capability", lambda device: present["capability"])
+    for module in (cuda_attention, cuda_mlp):
+        monkeypatch.setattr(module, "multiprocessors", lambda device: 132)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU that is not there")
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)  # so that nothing is measured
     launch.why_no_triton.cache_clear(), cuda._meaning.cache_clear()
     yield present
     launch.why_no_triton.cache_clear(), cuda._meaning.cache_clear()
@@ -92,6 +98,77 @@ def test_an_error_of_a_kernel_that_runs_is_not_swallowed():
 
     with pytest.raises(RuntimeError, match="illegal"):
         launch.attempt(Kernel(), (1,), torch.empty(1))
+
+
+def launched(op, *args) -> list[str]:
+    """The kernels that an op would launch for fake tensors on the GPU."""
+    with launch.rehearsal() as sources:
+        op(*args)
+    return [source.name.rpartition("_")[0] for source in sources]
+
+
+def empty(*shape: int, dtype=BF16, stride=None) -> torch.Tensor:
+    return torch.empty_strided(shape, stride or torch.empty(shape, device="meta").stride(), dtype=dtype, device=GPU)
+
+
+def delta(chunk=64, head_dim=128, dtype=BF16, stride=None, kv_heads=4) -> list[str]:
+    tokens, chunks = 2 * chunk, 2
+    query, o_cache = (empty(1, tokens, 4, head_dim, dtype=dtype).transpose(1, 2) for _ in range(2))
+    key, value = (empty(1, tokens, kv_heads, head_dim, dtype=dtype, stride=stride).transpose(1, 2) for _ in range(2))
+    columns = empty(1, 4, chunks, 64, dtype=torch.int32)
+    tables = empty(chunks + 1, dtype=torch.int32), o_cache, columns, empty(1, 4, chunks, dtype=torch.int32)
+    return launched(cuda.attention_delta, query, key, value, None, *tables, 0.1, chunk)
+
+
+def mlp(chunk=128, inputs=1, width=64, dtype=BF16) -> list[str]:
+    tokens, hidden = 2 * chunk, 256
+    region = "gelu_tanh(h0)" if inputs == 1 else "mul(silu(h0), h1)"
+    weights, biases = ([empty(*s, dtype=dtype) for _ in range(inputs)] for s in ((hidden, width), (hidden,)))
+    down_t, norm = empty(hidden, width, dtype=dtype), empty(hidden, dtype=torch.float32)
+    tables = empty(3, dtype=torch.int32), empty(2, 8, dtype=torch.int32)
+    row = -(-tokens // 16) * 16
+    act_cache = empty(1, hidden, tokens, dtype=dtype, stride=(hidden * row, row, 1))
+    caches = act_cache, empty(1, 2, 8, hidden, dtype=dtype)
+    out_cache = empty(1, tokens, width, dtype=torch.float32)
+    x = empty(1, tokens, width, dtype=dtype)
+    return launched(cuda.mlp_delta, x, weights, biases, down_t, norm, *tables, *caches, out_cache, region, chunk, 128)
+
+
+HOPPER, PORTABLE = ["attention_delta_hopper"], ["attention_delta"]
+
+
+@pytest.fixture
+def fake(gpu, tmp_path, monkeypatch):
+    pytest.importorskip("triton.experimental.gluon.language.nvidia.hopper")
+    monkeypatch.setenv("CHIPMUNK_CACHE_DIR", str(tmp_path))
+    tuning._table.cache_clear()
+    with FakeTensorMode():
+        yield gpu
+    tuning._table.cache_clear()
+
+
+@pytest.mark.parametrize("chunk", [32, 60, 64, 100, 126, 128, 192])
+def test_on_hopper_its_kernel_takes_chunks_of_any_length(fake, chunk):
+    assert delta(chunk) == HOPPER
+    assert delta(chunk, head_dim=64, kv_heads=2) == HOPPER
+
+
+def test_what_the_hopper_kernel_does_not_take_the_portable_one_does(fake):
+    assert delta(head_dim=72) == delta(head_dim=256) == PORTABLE
+    assert delta(dtype=torch.float16) == delta(dtype=torch.float32) == PORTABLE
+    assert delta(stride=(128 * 4 * 129, 4 * 129, 129, 1)) == PORTABLE  # rows that are not multiples of 16 bytes
+    fake["capability"] = (8, 9)
+    assert delta() == PORTABLE
+
+
+@pytest.mark.parametrize(
+    "chunk, suits", [(64, False), (100, True), (120, True), (128, True), (192, False), (256, True)]
+)
+def test_on_hopper_an_mlp_takes_blocks_of_128_tokens(fake, chunk, suits):
+    end = "_hopper" if suits else ""
+    for inputs in (1, 2):
+        assert mlp(chunk, inputs)[-2:] == [f"mlp_up{end}", f"mlp_down{end}"]
+    assert mlp(chunk, width=72)[-2:] == mlp(chunk, dtype=torch.float32)[-2:] == ["mlp_up", "mlp_down"]
 
 
 @pytest.mark.parametrize(

@@ -102,3 +102,51 @@ def test_changes_are_packed_for_the_tiles_that_read_them():
         for chunk in (64, 128):
             up = tiles[f"mlp_up 16-bit chunk {chunk} inputs 1"]["BM"]
             assert -(-chunk // up) * up % tiles[f"mlp_down 16-bit chunk {chunk}"]["BM"] == 0
+
+
+@pytest.fixture
+def timed(monkeypatch):
+    """A tuner that measures nothing: {tiles that differ from the default: milliseconds, or why there are none}."""
+    times = {}
+    monkeypatch.setattr(tuner, "_attention", lambda words, device: lambda: None)
+
+    def milliseconds(run, expected):
+        (key,) = tuning._overrides
+        default = dict(tuner.classes(CPU))[key]
+        return times.get(frozenset(tuning._overrides[key].items() - default.items()), 9.0)
+
+    monkeypatch.setattr(tuner, "_milliseconds", milliseconds)
+    return times
+
+
+KEY = "attention_delta_hopper head_dim 128 chunk 128 columns few"
+
+
+def test_the_fastest_right_form_is_chosen(timed):
+    default = dict(tuner.classes(CPU))[KEY]
+    timed[frozenset({("early", True)})] = "WRONG by 1.0e+00"
+    timed[frozenset({("turns", False)})] = 1.0
+    timed[frozenset({("early", True), ("turns", False)})] = 2.0
+    assert tuner.measure(KEY, default, CPU) == {KEY: {**default, "turns": False}}
+    assert tuner.measure(KEY, default, CPU, without=("turns",)) == {KEY: default}
+
+
+def test_where_nothing_fits_the_default_stays(timed):
+    default = dict(tuner.classes(CPU))[KEY]
+    for tiles in tuner.candidates(KEY.split(" "), default):
+        timed[frozenset(tiles.items() - default.items())] = "does not fit"
+    assert tuner.measure(KEY, default, CPU) == {KEY: default}
+
+
+def test_measured_tiles_are_committed_a_class_to_a_line(tmp_path, monkeypatch):
+    before = tuning.COMMITTED.read_text()
+    monkeypatch.setattr(tuning, "COMMITTED", tmp_path / "tuning.json")
+    tuning.COMMITTED.write_text(before)
+    tuning.commit((9, 0), {})
+    assert tuning.COMMITTED.read_text() == before
+    tuning.commit((9, 0), {KEY: {"BN": 64, "early": True}})
+    tuning.commit((8, 6), {"mlp_down 16-bit chunk 64": {"BO": 64}})
+    table = json.loads(tuning.COMMITTED.read_text())
+    assert table["9.0"][KEY] == {"BN": 64, "early": True} and len(table["9.0"]) == len(json.loads(before)["9.0"]) + 1
+    assert list(table) == ["8.6", "9.0"]
+    assert f'  "{KEY}": {{"BN": 64, "early": true}}' in tuning.COMMITTED.read_text()
