@@ -180,8 +180,13 @@ def remember(device: torch.device, measured: Mapping[str, dict]) -> Path:
     temporary = path.with_suffix(f".{os.getpid()}.tmp")
     temporary.write_text(json.dumps({**_read(path), **measured}, indent=1, sort_keys=True))
     os.replace(temporary, path)
-    _table.cache_clear()
+    forget()
     return path
+
+
+def forget() -> None:
+    """The tables are read again."""
+    _table.cache_clear(), _is_unknown.cache_clear()
 
 
 def commit(capability: tuple[int, int], measured: Mapping[str, dict]) -> None:
@@ -193,7 +198,7 @@ def commit(capability: tuple[int, int], measured: Mapping[str, dict]) -> None:
         lines = [f'  "{key}": {json.dumps(choice, sort_keys=True)}' for key, choice in sorted(tiles.items())]
         blocks.append(f' "{name}": {{\n' + ",\n".join(lines) + "\n }")
     COMMITTED.write_text("{\n" + ",\n".join(blocks) + "\n}\n")
-    _table.cache_clear()
+    forget()
 
 
 def _find(key: str, default: dict, device: torch.device) -> dict:
@@ -218,13 +223,17 @@ def _may_measure(key: str, device: torch.device) -> bool:
         or torch.cuda.is_current_stream_capturing()
     ):
         return False
+    return _is_unknown(device)
+
+
+@functools.cache
+def _is_unknown(device: torch.device) -> bool:
     return _name(capability(device)) not in _read(COMMITTED)
 
 
 @functools.cache
 def _table(device: torch.device) -> dict[str, dict]:
-    committed = _read(COMMITTED).get(_name(capability(device)))
-    return _read(_own_table(device)) if committed is None else committed
+    return _read(_own_table(device)) if _is_unknown(device) else _read(COMMITTED)[_name(capability(device))]
 
 
 def _own_table(device: torch.device) -> Path:

@@ -141,10 +141,10 @@ HOPPER, PORTABLE = ["attention_delta_hopper"], ["attention_delta"]
 def fake(gpu, tmp_path, monkeypatch):
     pytest.importorskip("triton.experimental.gluon.language.nvidia.hopper")
     monkeypatch.setenv("CHIPMUNK_CACHE_DIR", str(tmp_path))
-    tuning._table.cache_clear()
+    tuning.forget()
     with FakeTensorMode():
         yield gpu
-    tuning._table.cache_clear()
+    tuning.forget()
 
 
 @pytest.mark.parametrize("chunk", [32, 60, 64, 100, 126, 128, 192])

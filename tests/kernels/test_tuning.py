@@ -22,9 +22,9 @@ def gpu(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     capability = mock.Mock(return_value=(8, 0))
     monkeypatch.setattr(tuning, "capability", capability)
-    tuning._table.cache_clear()
+    tuning.forget()
     yield capability
-    tuning._table.cache_clear()
+    tuning.forget()
 
 
 def test_without_a_gpu_the_defaults_answer():
@@ -63,7 +63,7 @@ def test_an_unknown_one_is_measured_once_and_remembered(gpu, tmp_path):
     with mock.patch.object(tuner, "measure", side_effect=lambda key, default, device: {key: measured}) as measure:
         assert tuning.mlp_down(BF16, 128, GPU) == measured
         assert tuning.mlp_down(BF16, 128, GPU) == measured
-        tuning._table.cache_clear()  # as in another process
+        tuning.forget()  # as in another process
         assert tuning.mlp_down(BF16, 128, GPU) == measured
     assert measure.call_count == 1
     assert list(json.loads((tmp_path / "tuning-some-card-3000.json").read_text()).values()) == [measured]
