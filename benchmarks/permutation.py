@@ -1,12 +1,12 @@
 """Where the token permutation lands in every model, and how long the pass takes: a table for the
 documentation.
 
-    python -m benchmarks.permutation [MODEL ...] [--timing]
+    python -m benchmarks.permutation [MODEL ...] [--timing] [--golden]
 
 Captures each model of `full_size_models` (two layers of each kind, full width and resolution, no weights),
 runs the passes up to the plan, and writes benchmarks/results/permutation.json and docs/permutation.md. With
 --timing also analyses, proves, cuts and rewrites FLUX.1-dev and Wan2.1 14B at full depth, and records the
-seconds.
+seconds. --golden writes tests/golden/token_cuts.json: look at the difference before you commit it.
 """
 
 from __future__ import annotations
@@ -41,6 +41,8 @@ T = TypeVar("T")
 log = logging.getLogger("permutation")
 HERE = pathlib.Path(__file__).parent
 RESULTS, TABLE = HERE / "results" / "permutation.json", HERE.parent / "docs" / "permutation.md"
+GOLDEN = HERE.parent / "tests" / "golden" / "token_cuts.json"
+GOLDEN_MODELS = ("flux", "wan", "hunyuan_video", "sd35", "cogvideox", "ltx", "qwen_image")
 ORDER_RESULTS = HERE / "results" / "token-orders.json"
 MIN_TOKENS = Config().min_tokens
 BYTES_PER_SECOND = 3e12  # an H100's memory, roughly
@@ -140,6 +142,17 @@ def _behind_passes(gm: fx.GraphModule, inputs: list) -> fx.GraphModule:
     return graph
 
 
+def _golden(surveys: dict[str, dict]) -> str:
+    """Where tokens are permuted and what that moves, one gather a line."""
+    parts = []
+    for name in GOLDEN_MODELS:
+        head, gathers = surveys[name], surveys[name]["gathers"]
+        lines = ",\n   ".join(map(json.dumps, gathers))
+        first = ", ".join(f'"{key}": {json.dumps(head[key])}' for key in ("tokens", "grid", "bytes"))
+        parts.append(f' "{name}": {{\n  {first},\n  "gathers": [\n   {lines}\n  ]\n }}')
+    return "{\n" + ",\n".join(parts) + "\n}\n"
+
+
 # --- the table ----------------------------------------------------------------------------------------------
 
 INTRODUCTION = """# Where tokens are permuted
@@ -232,6 +245,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("models", nargs="*", choices=[*FULL_SIZE, []], help="default: all")
     parser.add_argument("--timing", action="store_true", help="also time FLUX and Wan at full depth (minutes)")
+    parser.add_argument("--golden", action="store_true", help="write the cuts that the tests hold on to anew")
     options = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     import diffusers
@@ -251,6 +265,8 @@ def main() -> None:
         timings["FLUX.1-dev"] = timing("flux", layers=19, single=38)
         timings["Wan2.1 T2V 14B"] = timing("wan", layers=40)
     surveys = {name: surveys[name] for name in FULL_SIZE if name in surveys}
+    if options.golden:
+        GOLDEN.write_text(_golden(surveys))
     RESULTS.parent.mkdir(exist_ok=True)
     RESULTS.write_text(json.dumps({"versions": versions, "models": surveys, "timing": timings}, indent=1) + "\n")
     TABLE.write_text(markdown(surveys, versions, timings))

@@ -111,7 +111,8 @@ def _gather(gather: dict, order: torch.Tensor, tokens: int, device: torch.device
     index = order.argsort() if gather["direction"] == "out" else order
     indices = [torch.cat([index, torch.arange(len(index), shape[dim])]).to(device) for dim in dims]
     dtype = getattr(torch, gather["dtype"])
-    x = torch.empty_strided(shape, stride, dtype=dtype, device=device).zero_()
+    x = torch.empty_strided(shape, stride, dtype=dtype, device=device)
+    x = x.normal_() if dtype.is_floating_point or dtype.is_complex else x.random_()
 
     def reordered(x: torch.Tensor, *indices: torch.Tensor) -> torch.Tensor:
         for dim, index in zip(dims, indices):
