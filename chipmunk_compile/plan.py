@@ -113,7 +113,7 @@ def analyse(gm: fx.GraphModule, example_inputs: Sequence[Any], config: Config) -
     sites, switched_off = _switch([*attention, *mlps], config)
     declined = (*no_attention, *no_mlps, *switched_off)
     inputs = _with_timesteps(inputs, canonical, example_inputs)
-    if not sites:
+    if not sites and not (inputs.timesteps and config.schedule.compute_every > 1):  # forecasts need no site
         return Analysis(inputs, canonical, declined=declined, reason=Reason.NO_SITES)
     if not inputs.parameters:
         return Analysis(inputs, canonical, declined=declined, reason=Reason.NO_OWNER)

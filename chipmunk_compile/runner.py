@@ -139,7 +139,8 @@ class Runner(_Called):
 
     def _run_program(self, program: Program, programs: Programs, state: State, args: Sequence):
         state.filled = False  # until the program has run: one that fails half way leaves nothing to build on
-        outputs = programs.run(program, args, state)
+        # A graph without sites is here for its forecasts.
+        outputs = programs.run(program, args, state) if programs.state else programs.run(Program.DENSE, args)
         state.filled = True
         return outputs
 

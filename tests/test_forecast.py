@@ -1,0 +1,195 @@
+"""Steps that no model computes, and deltas corrected by what they missed at the last refresh."""
+
+import pytest
+import torch
+
+import chipmunk_compile
+from chipmunk_compile.config import ForecastOptions, ScheduleOptions
+from chipmunk_compile.forecast import History, lagrange
+from chipmunk_compile.schedule import program_at
+from tests.toy_dit import SMALL, Loop, ToyDiT, compile_toy, toy, worst
+
+EXACT = {"attention.sparsity": 0.0, "mlp.sparsity": 0.0}
+SPARSE = {"attention.sparsity": 0.6, "mlp.sparsity": 0.6}
+
+
+def counts(*names):
+    counters = chipmunk_compile.counters()
+    return tuple(counters[name] for name in names)
+
+
+@pytest.mark.parametrize("degree", [0, 1, 2])
+def test_lagrange_is_exact_for_polynomials_of_its_degree(degree):
+    moments = [1.0, 0.7, 0.55][2 - degree :]
+    polynomial = torch.tensor([0.3, -2.0, 5.0][: degree + 1], dtype=torch.float64)
+
+    def value(t):
+        return sum(c * t**k for k, c in enumerate(polynomial))
+
+    for moment in (0.4, 0.9, -1.0):
+        told = sum(w * value(t) for w, t in zip(lagrange(moments, moment), moments))
+        assert abs(told - value(moment)) < 1e-12
+
+
+@pytest.mark.parametrize(
+    "schedule, expected",
+    [
+        (dict(refresh_every=3), "rrdrddrddrdd"),
+        (dict(refresh_every=3, compute_every=2), "rrfdfrfdfdfr"),
+        (dict(refresh_every=2, compute_every=3, warmup=1), "rffdffrffdff"),
+        (dict(refresh_every=1, compute_every=2, warmup=3), "rrrfrfrfrfrf"),
+    ],
+)
+def test_a_schedule_is_read_off_its_options(schedule, expected):
+    programs = (program_at(step, ScheduleOptions(**schedule)) for step in range(12))
+    assert "".join(program.value[0] for program in programs) == expected
+
+
+def test_history_keeps_no_more_than_it_needs_and_uses_its_buffers_again():
+    history = History(ForecastOptions(order=1))
+    buffers = set()
+    for step in range(6):
+        output = torch.full((2, 3), float(step), dtype=torch.bfloat16)
+        history.record(1.0 - 0.1 * step, [output])
+        output.fill_(float("nan"))  # a program writes over its outputs
+        buffers |= {id(kept[0]) for kept in history.outputs}
+    assert len(history.moments) == 2 and len(buffers) == 2 and history.bytes == 2 * 12
+    (told,) = history.forecast(0.3)
+    assert told.dtype == torch.bfloat16 and torch.allclose(told.float(), torch.full((2, 3), 7.0))
+
+
+def test_a_time_that_repeats_counts_once_and_a_leap_is_not_forecast():
+    history = History(ForecastOptions(order=1))
+    for moment in (1.0, 0.9, 0.9):
+        history.record(moment, [torch.full((1,), moment)])
+    assert history.moments == [1.0, 0.9]
+    assert history.reaches(0.65) and not history.reaches(0.5)
+    assert not History(ForecastOptions(order=0)).reaches(1.0)
+
+
+def test_an_error_that_grows_evenly_is_corrected_whole():
+    history = History(ForecastOptions(residual=1.0))
+    truth, drift = torch.randn(4, 5), torch.randn(4, 5)
+    history.refreshed = 1.0
+    history.learn(0.6, [truth], [truth - 0.4 * drift])
+    history.refreshed = 0.6
+    for moment in (0.5, 0.3):
+        (corrected,) = history.correct(moment, [truth - (0.6 - moment) * drift])
+        assert torch.allclose(corrected, truth, atol=1e-6)
+
+
+class Linear(ToyDiT):
+    """Its output is a line in the timestep, so a line through two steps tells every other."""
+
+    def forward(self, x, t, prompt):
+        still = super().forward(torch.ones_like(x), torch.ones_like(t), prompt)
+        return still * t[:, None, None] + (t * 0).sin()[:, None, None] + (t * 0).cos()[:, None, None]
+
+
+def acquainted(model, **options):
+    """Compiled, after a few steps of another picture: from the first ones the clock learns what is conditioning."""
+    torch._dynamo.reset()
+    chipmunk_compile.reset()
+    compiled, _ = compile_toy(model, **options)
+    with torch.no_grad():
+        for inputs in list(Loop(seed=9, steps=10))[:3]:
+            compiled(*inputs)
+    chipmunk_compile.reset()
+    return compiled
+
+
+def linear():
+    torch.manual_seed(0)
+    return Linear().eval().requires_grad_(False)
+
+
+def test_a_line_is_forecast_exactly():
+    model, loop = linear(), Loop(steps=12)
+    compiled = acquainted(model, **EXACT, **{"schedule.compute_every": 3, "schedule.refresh_every": 2})
+    assert worst(loop.run(compiled), loop.run(model)) < 1e-5
+    assert counts("dense", "refresh", "delta", "forecast") == (0, 4, 1, 7)
+
+
+@pytest.mark.usefixtures("uncompiled")
+def test_without_sparsity_forecasts_stand_alone():
+    model, loop = linear(), Loop(steps=12)
+    compiled, _ = compile_toy(
+        model, **{"attention.sparsity": None, "mlp.sparsity": None, "schedule.compute_every": 2, "forecast.order": 2}
+    )
+    assert worst(loop.run(compiled), loop.run(model)) < 1e-5
+    dense, forecast = counts("dense", "forecast")
+    assert forecast >= 4 and dense + forecast == 12
+
+
+@pytest.mark.usefixtures("uncompiled")
+def test_each_stream_has_a_history_of_its_own():
+    model = toy()
+    options = {**SPARSE, "schedule.compute_every": 2, "forecast.residual": 1.0}
+    loops = [Loop(seed=1, steps=12), Loop(seed=2, steps=12)]
+    alone = [loop.run(acquainted(model, **options)) for loop in loops]
+    compiled = acquainted(model, **options)
+    outputs = ([], [])
+    with torch.no_grad():
+        for pair in zip(*loops):
+            for mine, inputs in zip(outputs, pair):
+                mine.append(compiled(*inputs))
+    assert counts("forecast")[0] >= 8
+    for mine, expected in zip(outputs, alone):
+        assert worst(mine, expected) < 1e-6
+
+
+@pytest.mark.usefixtures("uncompiled")
+def test_a_second_generation_forecasts_nothing_from_the_first():
+    model, loop, other = toy(), Loop(seed=1, steps=10), Loop(seed=2, steps=10)
+    options = {**SPARSE, "schedule.compute_every": 2}
+    expected = other.run(acquainted(model, **options))
+    compiled = acquainted(model, **options)
+    loop.run(compiled)
+    assert worst(other.run(compiled), expected) < 1e-6
+
+
+@pytest.mark.usefixtures("uncompiled")
+def test_the_residual_makes_deltas_better():
+    """Latents that drift evenly: what a delta misses grows with its age."""
+    model, loop = toy(), Loop(steps=20)
+    truth, errors = loop.run(model), {}
+    for residual in (0.0, 1.0):
+        outputs = loop.run(acquainted(model, **SPARSE, **{"forecast.residual": residual}))
+        errors[residual] = sum(worst([a], [b]) for a, b in zip(outputs[6:], truth[6:]))
+    # Steps 5, 10 and 15 ran both programs.
+    assert counts("refresh", "delta") == (5, 15 + 3)
+    assert errors[1.0] < 0.95 * errors[0.0]
+
+
+class Recording(torch.nn.Module):
+    """Writes a buffer at every call: a step that is not computed would be missed."""
+
+    def __init__(self):
+        super().__init__()
+        self.model = toy()
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x, t, prompt):
+        self.calls.add_(1)
+        return self.model(x, t, prompt)
+
+
+@pytest.mark.usefixtures("uncompiled")
+@pytest.mark.parametrize("case", ["writes a buffer", "has a graph break"])
+def test_what_is_not_one_pure_graph_is_computed_at_every_step(case):
+    model = Recording() if case == "writes a buffer" else toy(broken=True)
+    options = {"schedule.compute_every": 2, "forecast.residual": 1.0, **EXACT}
+    compiled, _ = compile_toy(model, **options)
+    loop = Loop(steps=8)
+    truth = loop.run(toy())
+    assert worst(loop.run(compiled), truth) < 1e-5
+    # Of the first forward nobody knows yet that another graph follows; nothing is forecast in it.
+    assert counts("forecast") == (0,)
+    if case == "writes a buffer":
+        assert model.calls == 8
+
+
+def test_options_that_cannot_be():
+    for name, value in (("forecast.order", 3), ("forecast.residual", -1), ("schedule.compute_every", 0)):
+        with pytest.raises(chipmunk_compile.OptionError, match=name):
+            chipmunk_compile.Config.from_options({**SMALL, name: value})
