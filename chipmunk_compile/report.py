@@ -109,7 +109,7 @@ class PermutationReport:
         boxes = f"chunks are boxes of {'x'.join(map(str, self.patch))} tokens"
         what = "as given" if not self.grids else boxes if self.order == "patch" else "chunks lie along a Hilbert curve"
         kept = sum(gather.kept for gather in self.gathers)
-        moved = f"{len(self.gathers) - kept} gathers move {_bytes(self.bytes)} a step, {kept} are kept"
+        moved = f"{len(self.gathers) - kept} gathers move {_bytes(self.bytes)} a step, {kept} kept"
         return f"{what} (grid {grids or 'not readable'}); {moved}"
 
     def lines(self) -> list[str]:

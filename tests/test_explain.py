@@ -107,7 +107,7 @@ def test_order_says_where_tokens_are_permuted_what_that_moves_and_what_is_kept()
     assert found.bytes == sum(g.bytes for g in found.gathers if not g.kept) == 2 * 2 * 483 * 6 * 4
     assert found.walls == ("cumsum.default", "view.default")
     text = "\n".join([str(found), *found.lines()])
-    assert "2 gathers move 46.4 KB a step, 3 are kept" in text
+    assert "2 gathers move 46.4 KB a step, 3 kept" in text
     assert "1x21x23" in text and "linear.default of final" in text and "ends at" in text
 
 
