@@ -137,8 +137,11 @@ def make_plan(analysis: Analysis, grids: Sequence[tuple[Grid, ...] | None], conf
     for site in analysis.sites:
         options = config.attention if site.kind == "attention" else config.mlp
         device = site.node.meta["val"].device
-        fitted = [_fit(run_lengths, options.chunk, _keeps_patches(site, device)) for run_lengths in lengths]
-        chunks = site_chunks(analysis.axes, site, options.chunk, permutation, fitted)
+        if _takes_equal_chunks(site.kind, device):
+            chunks = chunk_lengths(site.tokens, options.chunk)
+        else:
+            fitted = [_fit(run_lengths, options.chunk) for run_lengths in lengths]
+            chunks = site_chunks(analysis.axes, site, options.chunk, permutation, fitted)
         columns = site.kv_len if site.kind == "attention" else site.hidden
         treatments.append(Treatment(site, _kept(columns, options.sparsity, device), options.samples, chunks))
     return Plan(analysis.canonical, tuple(treatments), tuple(indices))
@@ -175,25 +178,23 @@ def _switch(sites, config: Config) -> tuple[list[AttentionSite | MlpSite], list[
     return on, off
 
 
+def _takes_equal_chunks(kind: str, device: torch.device) -> bool:
+    """Whether the chunks of a site run across patches, and from text to image.
+
+    Those of an MLP on a GPU do: its kernels move 16 bytes at a time where chunks begin at multiples of 8 tokens, as
+    behind 226 tokens of text, or in boxes of 7x3x6, they never would.
+    """
+    return kind == "mlp" and device.type == "cuda"
+
+
 def _kept(columns: int, sparsity: float, device: torch.device) -> int:
     """Columns that a delta computes: none at sparsity 1 alone, and no fewer than the kernels compute anyway."""
     step = column_step(device)
     return 0 if sparsity == 1.0 else min(columns, -(-max(1, round((1.0 - sparsity) * columns)) // step) * step)
 
 
-def _keeps_patches(site: AttentionSite | MlpSite, device: torch.device) -> bool:
-    """Whether chunks of a site must not straddle patches.
-
-    An MLP on a GPU takes equal chunks along the patches instead: its kernels move 16 bytes at a time where chunks
-    begin at multiples of 8 tokens, which boxes of 7x3x6 tokens, say, never do.
-    """
-    return site.kind == "attention" or device.type != "cuda"
-
-
-def _fit(lengths: Sequence[int], chunk: int, keep_patches: bool = True) -> tuple[int, ...]:
+def _fit(lengths: Sequence[int], chunk: int) -> tuple[int, ...]:
     """Patches as chunks of at most `chunk` tokens: larger ones cut, neighbours joined as long as they fit."""
-    if not keep_patches:
-        return chunk_lengths(sum(lengths), chunk)
     fitted: list[int] = []
     for length in (part for whole in lengths for part in chunk_lengths(whole, chunk)):
         if fitted and fitted[-1] + length <= chunk:

@@ -9,7 +9,7 @@ import torch
 from torch._subclasses import FakeTensorMode
 
 from chipmunk_compile.kernels import cuda, cuda_attention, cuda_mlp, launch, ops, reference, tuning
-from chipmunk_compile.plan import _fit, _kept
+from chipmunk_compile.plan import _kept, _takes_equal_chunks
 
 GPU, CPU = torch.device("cuda", 0), torch.device("cpu")
 BF16 = torch.bfloat16
@@ -187,7 +187,6 @@ def test_columns_are_planned_in_multiples_of_what_kernels_compute(columns, spars
     assert _kept(columns, sparsity, CPU) == on_cpu
 
 
-def test_an_mlp_on_a_gpu_takes_equal_chunks_along_the_patches():
-    patches = (60, 60, 48, 60, 60)
-    assert _fit(patches, 128) == (120, 108, 60)
-    assert _fit(patches, 128, keep_patches=False) == (128, 128, 32)
+def test_only_an_mlp_on_a_gpu_takes_chunks_across_patches():
+    taken = [(kind, d.type) for kind in ("attention", "mlp") for d in (CPU, GPU) if _takes_equal_chunks(kind, d)]
+    assert taken == [("mlp", "cuda")]
