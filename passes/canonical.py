@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import operator
+from collections.abc import Iterator
 
 import torch
 from torch import fx
@@ -21,7 +23,8 @@ def canonicalise(gm: fx.GraphModule, inputs: list) -> fx.GraphModule:
 
     Raises whatever the export raises (block masks of flex_attention, for one): the caller leaves the graph dense.
     """
-    exported, signature = aot_export_module(copy.copy(gm), list(inputs), trace_joint=False, pre_dispatch=True)
+    with _functorch_stack_kept():
+        exported, signature = aot_export_module(copy.copy(gm), list(inputs), trace_joint=False, pre_dispatch=True)
     graph = exported.graph
     placeholders = [n for n in graph.nodes if n.op == "placeholder"]
 
@@ -43,6 +46,17 @@ def canonicalise(gm: fx.GraphModule, inputs: list) -> fx.GraphModule:
         if node.target is aten._assert_tensor_metadata.default:  # holds by the meta values; hides dead code
             graph.erase_node(node)
     return clean(exported)
+
+
+@contextlib.contextmanager
+def _functorch_stack_kept() -> Iterator[None]:
+    """An export that fails inside a vmap of the graph (block masks) leaves its levels behind: Dynamo's guards, and
+    every call after them, would find themselves inside that vmap."""
+    depth = torch._C._functorch.get_dynamic_layer_stack_depth()
+    try:
+        yield
+    finally:
+        torch._C._functorch.pop_dynamic_layer_stack_and_undo_to_depth(depth)
 
 
 def _write_mutations_back(graph: fx.Graph, signature, own: list[fx.Node], held: dict[str, fx.Node]) -> None:

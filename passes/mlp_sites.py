@@ -31,12 +31,15 @@ def find_mlps(gm: fx.GraphModule, *, min_tokens: int) -> tuple[list[MlpSite], li
     an adapter is the cause. Of two candidates that share a linear (three in a row), the first is taken.
     """
     streams = find_token_streams(gm)
+    lengths = {length for _, length in streams.sequences}
     inside_autocast = under_autocast(gm.graph)
     sites: list[MlpSite] = []
     declined: list[Declined] = []
     taken: dict[Node, str] = {}
     for down, mlp in _candidates(gm.graph):
-        rows = _together(next(filter(None, (streams.rows(linear.args[0]) for linear in mlp.linears)), None), min_tokens)
+        rows = next(filter(None, (streams.rows(linear.args[0]) for linear in mlp.linears)), None)
+        if rows is not None and rows[1] < min_tokens <= rows[0] in lengths:
+            rows = 1, rows[0] * rows[1]  # tokens with the batch second, the frames of every pixel: no rows mix
         if rows is None:
             refusal = Reason.CONDITIONING_MLP, {"input": shape(mlp.linears[0].args[0])}
         elif mlp.input is None:
@@ -54,16 +57,6 @@ def find_mlps(gm: fx.GraphModule, *, min_tokens: int) -> tuple[list[MlpSite], li
             sites.append(_site(down, mlp, name, *rows))
             taken.update(dict.fromkeys((down, *mlp.linears), name))
     return sites, declined
-
-
-def _together(rows: tuple[int, int] | None, min_tokens: int) -> tuple[int, int] | None:
-    """Many short sequences as one: an MLP mixes no rows, so it is their number that pays.
-
-    Frames of every pixel [pixels, frames, C], tokens with the batch second [N, B, C].
-    """
-    if rows is not None and rows[1] < min_tokens <= rows[0] * rows[1] and rows[0] > rows[1]:
-        return 1, rows[0] * rows[1]
-    return rows
 
 
 def _candidates(graph: fx.Graph) -> Iterator[tuple[Node, Mlp]]:

@@ -2,6 +2,7 @@
 
 import torch
 
+from chipmunk_compile.passes.canonical import canonicalise
 from tests.capture import capture
 
 aten = torch.ops.aten
@@ -74,3 +75,27 @@ def test_tensors_that_the_graph_holds_are_no_inputs():
     (gm,) = capture(model, x)
     args = [x, table][: sum(n.op == "placeholder" for n in gm.graph.nodes)]
     torch.testing.assert_close(gm(*args)[0], model(x))
+
+
+def test_an_export_that_fails_inside_a_vmap_leaves_nothing_behind():
+    """Block masks are made by a vmap over a function of indices, which reaches a graph as pushed and popped levels."""
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    class Masked(torch.nn.Module):
+        def forward(self, x):
+            mask = create_block_mask(lambda b, h, q, k: q >= k, None, None, 128, 128, device="cpu", _compile=False)
+            return x * mask.kv_num_blocks.sum()
+
+    model, x, depths, failed = Masked(), torch.randn(2, 3), [], []
+
+    def backend(gm, inputs, **_):
+        try:
+            canonicalise(gm, inputs)
+        except RuntimeError as error:
+            failed.append(error)
+        depths.append(torch._C._functorch.get_dynamic_layer_stack_depth())
+        return gm.forward
+
+    torch._dynamo.reset()
+    torch.testing.assert_close(torch.compile(model, backend=backend)(x), model(x))
+    assert failed and set(depths) == {0}

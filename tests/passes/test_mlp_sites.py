@@ -112,12 +112,18 @@ def test_where_the_tokens_are(shape, batch, count):
         assert [(s.batch, s.tokens) for s in sites] == [(batch, count)] and not declined
 
 
-@pytest.mark.parametrize("shape, found", [((9, 3, DIM), (1, 27)), ((3, 9, DIM), None), ((9, 2, DIM), None)])
-def test_many_short_sequences_count_together(shape, found):
-    """Rows of an MLP do not mix: the frames of every pixel, or a batch that stands second, are one sequence."""
-    sites, declined = find(Toy(FORMS["gelu(h0)"]), tokens(*shape), min_tokens=20)
-    assert [(s.batch, s.tokens) for s in sites] == ([found] if found else [])
-    assert [d.reason for d in declined] == ([] if found else [Reason.TOO_FEW_TOKENS])
+@pytest.mark.parametrize("shape, attention, found", [((9, 3), 9, True), ((9, 3), 3, False), ((3, 9), 9, False)])
+def test_many_short_sequences_count_together(shape, attention, found):
+    """Rows of an MLP do not mix: frames of every pixel, or a batch that stands second, where an attention runs over
+    the first dimension."""
+
+    def body(m, x):
+        y = attend(x.transpose(0, 1) if attention == x.shape[0] else x)
+        return m.down(F.gelu(m.up(y.transpose(0, 1) if attention == x.shape[0] else y)))
+
+    sites, declined = find(Toy(body), tokens(*shape, DIM), min_tokens=shape[0])
+    assert [(s.batch, s.tokens) for s in sites] == ([(1, 27)] if found else [(3, 9)] if shape == (3, 9) else [])
+    assert [d.reason for d in declined] == ([] if sites else [Reason.TOO_FEW_TOKENS])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
