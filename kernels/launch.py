@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,7 +14,7 @@ import torch
 log = logging.getLogger("chipmunk_compile")
 
 _refused: set[str] = set()  # kernels that the compiler or the GPU did not take
-_rehearsed: list[Path] | None = None
+_local = threading.local()  # of the thread that rehearses: others launch
 
 
 def runs_triton(tensor: torch.Tensor) -> bool:
@@ -59,18 +60,22 @@ def multiprocessors(device: torch.device) -> int:
 @contextlib.contextmanager
 def rehearsal() -> Iterator[list[Path]]:
     """Inside, nothing is launched, so tensors may be fake; the list holds the sources of what would have been."""
-    global _rehearsed
-    before, _rehearsed = _rehearsed, []
+    before, _local.rehearsed = _rehearsed(), []
     try:
-        yield _rehearsed
+        yield _local.rehearsed
     finally:
-        _rehearsed = before
+        _local.rehearsed = before
+
+
+def _rehearsed() -> list[Path] | None:
+    return getattr(_local, "rehearsed", None)
 
 
 def launch(function, grid: tuple[int, ...], *args, **config) -> None:
     """function[grid](*args, **config), on the device of the tensors. The config holds tiles, warps and stages."""
-    if _rehearsed is not None:
-        _rehearsed.append(Path(function.fn.__code__.co_filename))
+    rehearsed = _rehearsed()
+    if rehearsed is not None:
+        rehearsed.append(Path(function.fn.__code__.co_filename))
         return
     device = next(a for a in args if isinstance(a, torch.Tensor)).device
     if device.type != "cuda":
@@ -123,7 +128,7 @@ def copies_16_bytes(*tensors: torch.Tensor) -> bool:
 
     It knows of a stride only whether 16 divides it, so strides of 8 elements do not do.
     """
-    fake = _rehearsed is not None
+    fake = _rehearsed() is not None
     return all((fake or t.data_ptr() % 16 == 0) and not any(s % 16 for s in t.stride()[:-1]) for t in tensors)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import threading
 
 import pytest
 import torch
@@ -145,6 +146,19 @@ def fake(gpu, tmp_path, monkeypatch):
     with FakeTensorMode():
         yield gpu
     tuning.forget()
+
+
+def test_while_one_thread_rehearses_others_launch():
+    ran = []
+
+    class Kernel:
+        def __getitem__(self, grid):
+            return lambda *args, **config: ran.append(grid)
+
+    with launch.rehearsal():
+        thread = threading.Thread(target=launch.launch, args=(Kernel(), (3,), torch.empty(1)))
+        thread.start(), thread.join()
+    assert ran == [(3,)]
 
 
 @pytest.mark.parametrize("chunk", [32, 60, 64, 100, 126, 128, 192])
