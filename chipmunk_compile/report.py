@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from .capture import Capture, attention_nodes, count_attention, describe, graph_breaks
 from .config import Config
 from .passes.lower import Treatment, kept_state, lift_state
 from .passes.permute_tokens import Gather, PermutationPlan
@@ -128,6 +129,7 @@ class Report:
     graphs: tuple[GraphReport, ...]
     state_bytes: int  # of one stream
     permutation: PermutationReport
+    capture: Capture
 
     @property
     def delta_share(self) -> float:
@@ -159,6 +161,7 @@ class Report:
         order = {**vars(self.permutation), "reason": self.permutation.reason.name if self.permutation.reason else None}
         order["gathers"] = [vars(gather) for gather in self.permutation.gathers]
         whole["permutation"] = {**order, "detail": dict(self.permutation.detail)}
+        whole["capture"] = {**vars(self.capture), "breaks": [vars(b) for b in self.capture.breaks]}
         return json.dumps({**whole, "graphs": graphs, "sites": [plain(s) for s in self.sites]}, indent=2, default=str)
 
     def _summary(self) -> list[str]:
@@ -178,6 +181,7 @@ class Report:
         lines.append(f"order      {self.permutation}")
         lines += [f"           {line}" for line in self.permutation.lines()]
         lines.append(f"clock      {self._clock()}")
+        lines += [f"{'capture' if i == 0 else '':<10} {line}" for i, line in enumerate(self.capture.lines())]
         return [f"  {line}" for line in lines]
 
     def _clock(self) -> str:
@@ -215,8 +219,8 @@ def explain(
     kernels_dir: str | os.PathLike | None = None,
     **kwargs,
 ) -> Report:
-    """Runs `model(*args, **kwargs)` once, without gradients and without compiling it, and reports what
-    `torch.compile(model, backend="chipmunk", options=options)` would do.
+    """Runs `model(*args, **kwargs)` twice (as Dynamo captures it, and as it is), without gradients and without
+    compiling it, and reports what `torch.compile(model, backend="chipmunk", options=options)` would do.
 
     model: any module, compiled or not. kernels_dir: a folder into which the sources of its kernels are written.
     Raises OptionError for bad options, and whatever the model raises.
@@ -225,8 +229,10 @@ def explain(
     model = getattr(model, "_orig_mod", model)
     found: list[tuple[Analysis, Plan | None]] = []
     grids: list[tuple] = []
+    seen: list[int] = []
 
     def collect(gm: fx.GraphModule, inputs: Sequence[Any]):
+        seen.append(attention_nodes(gm))
         analysis = analyse(gm, inputs, config)
         plan = None
         if analysis.reason is None:
@@ -237,15 +243,19 @@ def explain(
 
     # A code object of its own: what Dynamo caches for it must not count against the user's compiled model.
     call = types.FunctionType(_call.__code__.replace(co_name=f"explain_{id(found)}"), globals())
+    before = graph_breaks()
     with torch.no_grad():
         torch.compile(call, backend=collect, dynamic=False)(model.forward, args, kwargs)
+        breaks = describe(graph_breaks() - before)
+        capture = Capture(count_attention(lambda: model.forward(*args, **kwargs)), sum(seen), breaks)
     sites = [site for analysis, plan in found for site in _sites(analysis, plan)]
     lifted = [tensor for _, p in found if p for tensor in (*lift_state(p.treatments), *kept_state(p.canonical))]
     state = sum(tensor.bytes for tensor in lifted)
     graphs = tuple(_graph(analysis, plan) for analysis, plan in found)
     if kernels_dir is not None:
         write_kernels([plan for _, plan in found if plan], kernels_dir)
-    return Report(type(model).__name__, config, tuple(sites), graphs, state, _permutation(found, grids, config))
+    permutation = _permutation(found, grids, config)
+    return Report(type(model).__name__, config, tuple(sites), graphs, state, permutation, capture)
 
 
 def _call(function, args, kwargs):

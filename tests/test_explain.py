@@ -128,3 +128,55 @@ def test_order_can_be_chosen():
     assert report_of_order(positioned(), order="hilbert").order == "hilbert"
     raster = report_of_order(positioned(), order="raster")
     assert raster.reason is Reason.DISABLED_BY_OPTION and not raster.gathers
+
+
+class Broken(torch.nn.Module):
+    """Reads a number from the device before its second block, which Dynamo then captures by itself or not at all."""
+
+    def __init__(self, hidden: bool):
+        super().__init__()
+        self.model, self.hidden = toy(), hidden
+
+    def forward(self, x, t, prompt):
+        output = self.model(x, t, prompt)
+        if self.hidden:
+            return unseen(output)
+        if output.mean().item() > 1e9:
+            output = -output
+        return output + self.model.blocks[0].attend(*3 * [output[:, None]])[:, 0]
+
+
+@torch._dynamo.disable
+def unseen(x):
+    return x + torch.nn.functional.scaled_dot_product_attention(*3 * [x[:, None]])[:, 0]
+
+
+@pytest.mark.parametrize("hidden", [False, True])
+def test_what_dynamo_did_not_capture_is_said(hidden):
+    capture = report(Broken(hidden).eval()).capture
+    assert (capture.attention_calls, capture.attention_seen) == (3, 2 if hidden else 3)
+    assert len(capture.breaks) == 1
+    text = "\n".join(capture.lines())
+    assert ("capture_scalar_outputs = True" in text) is not hidden
+    assert f"{capture.attention_seen} of 3" in text
+
+
+def test_a_model_captured_whole_says_nothing_of_it():
+    found = report()
+    assert (found.capture.attention_calls, found.capture.attention_seen) == (2, 2)
+    assert found.capture.lines() == [] and "capture" not in found.to_text()
+
+
+def test_attention_inside_torch_s_own_modules_counts():
+    layer = torch.nn.TransformerEncoderLayer(16, 2, 32, batch_first=True).eval()
+
+    class Wrapped(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = layer
+
+        def forward(self, x):
+            return self.layer(x)
+
+    found = chipmunk_compile.explain(Wrapped(), torch.randn(1, 64, 16), options=SMALL)
+    assert found.capture.attention_calls == found.capture.attention_seen == 1
