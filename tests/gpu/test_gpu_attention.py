@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from chipmunk_compile.kernels import cuda, cuda_attention, reference
-from chipmunk_compile.kernels.launch import runs_hopper
+from chipmunk_compile.kernels import cuda, reference
+from chipmunk_compile.kernels.launch import rehearsal, runs_hopper
 
 pytest.importorskip("triton")
 from tests.gpu import shapes
@@ -20,19 +20,17 @@ def test_equals_its_meaning(arguments):
     shapes.run(arguments)
 
 
-def test_the_warp_specialised_kernel_is_the_one_that_runs(monkeypatch):
+def test_the_warp_specialised_kernel_is_the_one_that_runs():
     query = torch.randn(1, 256, 2, 128, device="cuda", dtype=BF16).transpose(1, 2)
     if not runs_hopper(query):
         pytest.skip("needs a Hopper GPU and Triton with Gluon")
-    names = []
-    monkeypatch.setattr(cuda_attention, "launch", lambda function, *args, **config: names.append(function.__name__))
     state = reference.attention_state(1, 2, 256, 256, 128, 32, 2, BF16, "cuda")
     starts = reference.chunk_table([256], 128).cuda()
-    cuda.attention_delta(query, query, query, None, starts, *state, 1.0, 128)
-    assert names == ["attention_delta_hopper"]
     open_keys = torch.ones(1, 1, 1, 256, dtype=torch.bool, device="cuda")
-    cuda.attention_delta(query, query, query, open_keys, starts, *state, 1.0, 128)
-    assert names == ["attention_delta_hopper", "attention_delta"]
+    for mask, kernel in ((None, "attention_delta_hopper"), (open_keys, "attention_delta")):
+        with rehearsal() as sources:
+            cuda.attention_delta(query, query, query, mask, starts, *state, 1.0, 128)
+        assert [path.name.rpartition("_")[0] for path in sources] == [kernel]
 
 
 def test_a_cuda_graph_replays_a_delta():

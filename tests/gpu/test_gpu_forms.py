@@ -20,7 +20,7 @@ pytest.importorskip("triton")
 from tests.gpu.shapes import forms
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
-SECONDS = 200
+SECONDS = 230
 
 
 @pytest.fixture(scope="module")
