@@ -2,9 +2,11 @@
 
 from .raise_attention import raise_attention
 from .raise_linears import raise_linears
+from .resolve_autocast import resolve_autocast
 from .split_linears import split_linears
 
 PASSES = (
+    resolve_autocast,  # casts that autocast makes at run time -> _to_copy
     raise_linears,  # x @ W, addmm, pairs of 1x1 convolutions -> linear
     raise_attention,  # every spelling of softmax(QK^T)V -> one aten.scaled_dot_product_attention
     split_linears,  # linear(cat(a, b)) -> linear(a) + linear(b), split(linear(x)) -> linears, where an MLP needs it

@@ -12,6 +12,7 @@ from torch import fx
 from torch._functorch.aot_autograd import aot_export_module
 
 aten = torch.ops.aten
+_ENTER, _EXIT = torch.amp.autocast_mode._enter_autocast, torch.amp.autocast_mode._exit_autocast
 
 
 def canonicalise(gm: fx.GraphModule, inputs: list) -> fx.GraphModule:
@@ -23,8 +24,8 @@ def canonicalise(gm: fx.GraphModule, inputs: list) -> fx.GraphModule:
 
     Raises whatever the export raises (block masks of flex_attention, for one): the caller leaves the graph dense.
     """
-    with _functorch_stack_kept():
-        exported, signature = aot_export_module(copy.copy(gm), list(inputs), trace_joint=False, pre_dispatch=True)
+    with _functorch_stack_kept(), _real_autocast(gm) as traced:
+        exported, signature = aot_export_module(traced, list(inputs), trace_joint=False, pre_dispatch=True)
     graph = exported.graph
     placeholders = [n for n in graph.nodes if n.op == "placeholder"]
 
@@ -46,6 +47,38 @@ def canonicalise(gm: fx.GraphModule, inputs: list) -> fx.GraphModule:
         if node.target is aten._assert_tensor_metadata.default:  # holds by the meta values; hides dead code
             graph.erase_node(node)
     return clean(exported)
+
+
+@contextlib.contextmanager
+def _real_autocast(gm: fx.GraphModule) -> Iterator[fx.GraphModule]:
+    """A copy of `gm` whose autocast regions hold while it is traced.
+
+    The export records `_enter_autocast` but does not run it: every value would have the dtype that it has without
+    autocast, and a cast that undoes autocast's would be left out of the graph as one to the same dtype.
+    """
+    if not any(node.target is _ENTER for node in gm.graph.nodes):
+        yield copy.copy(gm)
+        return
+    regions: list[torch.autocast] = []
+
+    def enter(*args) -> torch.autocast:
+        regions.append(torch.autocast(*args))
+        regions[-1].__enter__()
+        return regions[-1]
+
+    def leave(region: torch.autocast) -> None:
+        regions.remove(region)
+        region.__exit__(None, None, None)
+
+    graph = fx.Graph()
+    graph.output(graph.graph_copy(gm.graph, {}))
+    for node in graph.nodes:
+        node.target = {_ENTER: enter, _EXIT: leave}.get(node.target, node.target)
+    try:
+        yield fx.GraphModule(gm, graph)
+    finally:
+        for region in reversed(regions):  # tracing failed inside
+            region.__exit__(None, None, None)
 
 
 @contextlib.contextmanager

@@ -9,7 +9,7 @@ import torch
 from torch.fx import Node
 
 from ..kernels.expression import is_linear
-from .nodes import dtype, is_cast, is_identity, is_tensor, shape
+from .nodes import is_cast, is_identity, is_tensor, shape
 from .pointwise import Region, read_region, source
 
 aten = torch.ops.aten
@@ -166,12 +166,7 @@ def _argument(node: Node, position: int, name: str, default):
 
 
 def is_input(weight: Node) -> bool:
-    """An input or attribute of the graph, or a view of one: nothing is computed when it is used."""
-    while weight.target in _WEIGHT_VIEWS:
+    """An input or attribute of the graph, or a view of one, in whatever dtype: no more than a cast is computed."""
+    while weight.target in _WEIGHT_VIEWS or is_cast(weight):
         weight = weight.args[0]
     return weight.op in ("placeholder", "get_attr")
-
-
-def is_cast_input(weight: Node) -> bool:
-    """An input in another dtype than the graph received it in."""
-    return is_cast(weight) and is_input(weight.args[0]) and dtype(weight) != dtype(weight.args[0])

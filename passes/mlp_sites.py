@@ -9,7 +9,7 @@ import torch
 from torch import fx
 from torch.fx import Node
 
-from .linears import Mlp, bias_of, is_cast_input, is_input, is_map, parts_of, read_mlp
+from .linears import Mlp, bias_of, is_input, is_map, parts_of, read_mlp
 from .naming import module_path
 from .nodes import dtype, shape, under_autocast
 from .pointwise import source
@@ -96,9 +96,6 @@ def _refuse_dtype(down: Node, mlp: Mlp, inside_autocast: set[Node]) -> Refusal |
     if not inside_autocast.isdisjoint(linears):
         return Reason.MIXED_DTYPE, {"autocast": True}
     weights = [n for linear in linears for n in linear.all_input_nodes[1:]]
-    cast = next((w for w in weights if is_cast_input(w)), None)
-    if cast is not None:
-        return Reason.MIXED_DTYPE, {"weight": str(dtype(cast.args[0])), "input": str(dtype(cast))}
     computed = next((w for w in weights if not is_input(w)), None)
     if computed is not None:
         return Reason.WEIGHT_NOT_INPUT, {"computed_by": str(computed.target)}

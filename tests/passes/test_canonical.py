@@ -99,3 +99,25 @@ def test_an_export_that_fails_inside_a_vmap_leaves_nothing_behind():
     torch._dynamo.reset()
     torch.testing.assert_close(torch.compile(model, backend=backend)(x), model(x))
     assert failed and set(depths) == {0}
+
+
+def test_a_cast_that_undoes_autocast_is_kept():
+    class Mixed(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = torch.nn.Linear(6, 6)
+
+        def forward(self, x):
+            with torch.autocast("cpu", torch.bfloat16):
+                h = self.linear(x)
+                with torch.autocast("cpu", enabled=False):
+                    h = self.linear(h.float())
+            return h.float().exp()
+
+    model, x = Mixed().eval(), torch.randn(3, 6)
+    (gm,) = capture(model, x)
+    assert targets(gm).count(aten._to_copy.default) == 1
+    assert torch.get_autocast_dtype("cpu") == torch.bfloat16 and not torch.is_autocast_enabled("cpu")
+    parameters = {p.shape: p for p in (*model.parameters(), x)}
+    args = [parameters[n.meta["val"].shape] for n in gm.graph.nodes if n.op == "placeholder"]
+    torch.testing.assert_close(gm(*args)[0], model(x), rtol=0, atol=0)

@@ -126,6 +126,17 @@ def test_many_short_sequences_count_together(shape, attention, found):
     assert [d.reason for d in declined] == ([] if sites else [Reason.TOO_FEW_TOKENS])
 
 
+def test_weights_in_another_dtype():
+    """Weights kept in a dtype of their own (autocast, layerwise casting) are cast where they are used."""
+
+    def body(m, x):
+        x = F.linear(x.half(), m.up.weight.half(), m.up.bias.half())
+        return F.linear(F.gelu(x), m.down.weight.half(), m.down.bias.half())
+
+    (site,), declined = find(Toy(body), tokens(2, 7, DIM))
+    assert declined == [] and {n.meta["val"].dtype for n in (site.up[0].weight, site.down.bias)} == {torch.float16}
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_dtypes(dtype):
     toy = Toy(FORMS["mul(silu(h0), h1) of chunks"]).to(dtype)
@@ -258,10 +269,10 @@ DECLINED = {
         Reason.WEIGHT_NOT_INPUT,
         {"computed_by": "aten.mul.Tensor"},
     ),
-    "weight in another dtype": (
+    "operands of two dtypes": (
         lambda m, x: F.linear(F.gelu(m.up(x)).half(), m.down.weight.half()),
         Reason.MIXED_DTYPE,
-        {"weight": "torch.float32", "input": "torch.float16"},
+        {"dtypes": ["torch.float32", "torch.float16"]},
     ),
     "rounding inside": (
         lambda m, x: m.down(F.gelu(m.up(x)).half().float()),

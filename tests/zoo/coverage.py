@@ -36,6 +36,7 @@ DELTA_OPS = {
 }
 KINDS = tuple(DELTA_OPS)
 NOT_SEEN = "NOT_SEEN"  # no pass has said why
+NOT_CAPTURED = "NOT_CAPTURED"  # it ran between the graphs that Dynamo captured
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ class Missed:
 
     kind: str
     module: str
-    reason: str  # a Reason's name, or NOT_SEEN
+    reason: str  # a Reason's name, NOT_CAPTURED or NOT_SEEN
     detail: str = ""
 
 
@@ -62,6 +63,7 @@ class Coverage:
     permutation: str
     clock: str  # what told the steps: "timestep", "generation()", or "" where nothing ran sparse
     error: float  # largest |difference| over the largest |value|, over all steps and outputs
+    tolerance: float  # what the model's own rounding allows
     calls: dict[str, int]  # of programs, over all steps
     reasons: tuple[str, ...] = field(default=())  # of whole graphs that stay dense
 
@@ -84,7 +86,8 @@ def cover(entry: Entry, inductor: bool = False) -> Coverage:
         clock, outputs, counts = "timestep", *run(model, inputs)
         if not counts["delta"] and any(a.sites for a in run.analyses):
             clock, outputs, counts = "generation()", *run(model, inputs, steps=STEPS)
-    return _compared(entry.name, calls, run, clock if counts["delta"] else "", _error(outputs, expected), counts)
+    assert all(values[0].abs().max() > 1e-2 for values in expected), "an output that is zero proves nothing"
+    return _compared(entry, calls, run, clock if counts["delta"] else "", _error(outputs, expected), counts)
 
 
 def _plain(model: torch.nn.Module, inputs: Callable, inductor: bool) -> list[list[Tensor]]:
@@ -149,7 +152,7 @@ def _as_it_is(graph: fx.GraphModule, args: list, config: Config) -> Callable:
     return graph.forward
 
 
-def _compared(name: str, calls: list[Call], run: _Run, clock: str, error: float, counts: dict) -> Coverage:
+def _compared(entry: Entry, calls: list[Call], run: _Run, clock: str, error: float, counts: dict) -> Coverage:
     accelerated, of, missed, mistaken = {}, {}, [], []
     for kind in KINDS:
         main = Counter(call.module for call in calls if call.kind == kind and not call.left)
@@ -163,7 +166,7 @@ def _compared(name: str, calls: list[Call], run: _Run, clock: str, error: float,
     left = Counter(f"{call.kind}: {call.left}" for call in calls if call.left)
     graph_reasons = [f"{a.reason.name} {a.detail}".strip() for a in run.analyses if a.reason is not None]
     return Coverage(
-        name=name,
+        name=entry.name,
         graphs=len(run.analyses),
         accelerated=accelerated,
         of=of,
@@ -173,6 +176,7 @@ def _compared(name: str, calls: list[Call], run: _Run, clock: str, error: float,
         permutation=_permutation(run.analyses),
         clock=clock,
         error=error,
+        tolerance=entry.tolerance,
         calls=counts,
         reasons=tuple(dict.fromkeys(graph_reasons)),
     )
@@ -204,7 +208,9 @@ def _missed(kind: str, module: str, analyses: list[Analysis], clock: bool) -> Mi
     whole = next((a for a in analyses if a.reason is not None and a.canonical is None), None)
     if whole is not None:
         return Missed(kind, module, whole.reason.name, whole.detail)
-    return Missed(kind, module, NOT_SEEN)
+    paths = {module_path(node) for a in analyses if a.canonical is not None for node in a.canonical.graph.nodes}
+    seen = any(path and (module == path or module.endswith(f".{path}")) for path in paths)
+    return Missed(kind, module, NOT_SEEN if seen else NOT_CAPTURED)
 
 
 def _inside(module: str, parent: str) -> bool:

@@ -21,6 +21,7 @@ class Entry:
     build: Callable[[], Tiny]
     latents: tuple[str, ...] = ("hidden_states",)  # inputs that are new tensors at every step, a little further on
     times: tuple[str, ...] = ("timestep",)  # inputs that fall towards zero
+    tolerance: float = 1e-4  # of the error at sparsity 0; more where the model itself rounds to bfloat16
     batch: int | None = None  # samples, where the first dimension of the latents does not tell
 
     def batch_of(self, latents: dict[str, Any]) -> int:
