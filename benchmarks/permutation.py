@@ -91,7 +91,7 @@ def survey(name: str) -> dict:
     reason, detail = (declined[0].reason, dict(declined[0].detail)) if declined else (Reason.NO_SITES, {})
     left = [d.reason.name for analysis in analyses for d in analysis.declined if d.kind == "attention"]
     detail |= {"attention left dense": ", ".join(f"{name} x{n}" for name, n in Counter(left).items())} if left else {}
-    detail |= {"graph breaks": "; ".join(map(_first_line, breaks))} if breaks else {}
+    detail |= {"graph breaks": "; ".join(map(_explanation, breaks))} if breaks else {}
     return record | {
         "graphs": len(analyses),
         "reason": reason.value,
@@ -99,8 +99,10 @@ def survey(name: str) -> dict:
     }
 
 
-def _first_line(text: str) -> str:
-    return text.strip().splitlines()[0]
+def _explanation(graph_break: str) -> str:
+    """Of Dynamo's text about a graph break, the line that says why; else the first."""
+    lines = [line.strip() for line in graph_break.strip().splitlines()]
+    return next((line.partition(": ")[2] for line in lines if line.startswith("Explanation: ")), lines[0])
 
 
 def _described(gather: Gather, plan: PermutationPlan) -> dict:
