@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 import threading
 import weakref
@@ -17,10 +18,15 @@ from .clock import Clock, InferredClock, Tick
 from .config import Config
 from .counting import CountedClock
 from .evidence import Inputs, Reader
+from .passes.reasons import Reason
 from .state import Owner
 
 if TYPE_CHECKING:
     from .generations import generation
+
+log = logging.getLogger(__name__)
+# Calls in a row with parameters never seen before, until they count as never the same.
+STRANGERS = 3
 
 
 @dataclass(eq=False)
@@ -183,8 +189,10 @@ class Owners:
         self._has_timestep = has_timestep
         self._known: dict[tuple[int, ...], Owner] = {}
         self._epoch = _epoch
+        self._strangers = 0  # calls in a row whose parameters were new, while those of a call before were gone
 
-    def of(self, args: Sequence) -> Owner:
+    def of(self, args: Sequence) -> Owner | None:
+        """None where parameters are other objects at every call (offload layer by layer): nothing could be kept."""
         if self._epoch != _epoch:
             for owner in self._known.values():
                 owner.release()
@@ -193,10 +201,16 @@ class Owners:
         parameters = [args[i] for i in self._positions]
         key = tuple(map(id, parameters))
         owner = self._known.get(key)
-        if owner is None or not owner.is_of(parameters):
-            self._known = {k: o for k, o in self._known.items() if o.alive}
-            owner = self._known[key] = self._make(parameters)
-        return owner
+        if owner is not None and owner.is_of(parameters):
+            self._strangers = 0
+            return owner
+        alive = {k: o for k, o in self._known.items() if o.alive}
+        self._strangers = self._strangers + 1 if len(alive) < len(self._known) else 0
+        self._known = alive
+        if self._strangers == STRANGERS:
+            log.warning("%s: this graph stays dense", Reason.NO_LASTING_OWNER.value)
+        owner = self._known[key] = self._make(parameters)
+        return owner if self._strangers < STRANGERS else None
 
     def _make(self, parameters: Sequence[torch.Tensor]) -> Owner:
         """The owner of the forward that is running, and the model it belongs to.

@@ -37,6 +37,7 @@ ADVICE = {
     Reason.TOO_MANY_SIZES: "pad texts to one length, or compile the model once per resolution",
     Reason.NO_CLOCK: "say where generations start: with chipmunk_compile.generation(model, steps=..., streams=...), "
     "or options={'steps': ..., 'streams': ...}",
+    Reason.NO_LASTING_OWNER: "offload whole models or groups of blocks, whose parameters stay the same objects",
     Reason.OVER_BUDGET: "raise the memory budget",
 }
 

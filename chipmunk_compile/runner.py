@@ -51,6 +51,8 @@ class Timekeeper(_Called):
 
     def __call__(self, *args):
         owner = self._owners.of(args)
+        if owner is None:
+            return self._dense(*args)
         root = owner.root
         with root.lock:
             before = root.forward
@@ -85,6 +87,8 @@ class Runner(_Called):
 
     def __call__(self, *args):
         owner = self._owners.of(args)
+        if owner is None:
+            return self._programs_of(None, None, args).run(Program.DENSE, args)
         # Threads that share a model take turns: two of them may share a stream, and so its state.
         with owner.root.lock:
             where = self._tick(owner, args)
@@ -93,7 +97,7 @@ class Runner(_Called):
                 return programs.run(Program.DENSE, args)
             return self._run(programs, owner, *where, args)
 
-    def _programs_of(self, where: tuple[Tick, int] | None, owner: Owner, args: Sequence) -> Programs:
+    def _programs_of(self, where: tuple[Tick, int] | None, owner: Owner | None, args: Sequence) -> Programs:
         """The programs for the token order of this call's stream, chosen at its first step.
 
         Another picture size may be another order of as many tokens. Any order is right; one too many to compile for
@@ -103,7 +107,8 @@ class Runner(_Called):
         chosen = tick.stream.programs.get(self) if tick is not None else self.programs
         if chosen is not None and (tick is None or tick.step > 0 or not self._analysis.reads_grid):
             return chosen
-        unread = self.programs is not None and (owner.root.counted is not None or not self._analysis.reads_grid)
+        counts = owner is None or owner.root.counted is not None  # then nothing is read from the device
+        unread = self.programs is not None and (counts or not self._analysis.reads_grid)
         if not unread and len(self._by_grid) < MOST_ORDERS:
             grids = self._analysis.grids(args)
             if grids not in self._by_grid:

@@ -30,6 +30,9 @@ class Reason(enum.Enum):
     # A whole graph.
     NO_SITES = "no attention or MLP site in this graph"
     NO_OWNER = "the graph receives no parameters, so its state would have no owner"
+    NO_LASTING_OWNER = (
+        "parameters are other objects at every call (sequential offload): no state can be kept"
+    )
     NO_CANONICAL_FORM = "the graph could not be exported to functional ATen"
     ALIASED_MUTATION = "the graph mutates an input whose storage another input shares"
     TRAINING = "gradients are required"
