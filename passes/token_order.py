@@ -62,15 +62,18 @@ def patch_size(grid: Grid, chunk: int) -> Grid:
 
 
 def _patches(grid: Grid, patch: Grid) -> tuple[torch.Tensor, tuple[int, ...]]:
-    """Box after box in row-major order, and so inside each; sides along an axis differ by one at most."""
-    box = torch.zeros(grid, dtype=torch.int64)
-    for axis, (size, side) in enumerate(zip(grid, patch)):
-        count = ceil(size / side)
-        shape = [1, 1, 1]
-        shape[axis] = size
-        box = box * count + (torch.arange(size) * count // size).view(shape)
-    order = box.flatten().argsort(stable=True)
-    return order, tuple(box.flatten().bincount().tolist())
+    """Box after box as an ox ploughs, row-major inside each; sides along an axis differ by one at most.
+
+    So the next box always touches the last, where two are joined to a longer chunk.
+    """
+    counts = [ceil(size / side) for size, side in zip(grid, patch)]
+    frame, row, column = torch.meshgrid(
+        *(torch.arange(size) * count // size for size, count in zip(grid, counts)), indexing="ij"
+    )
+    row = frame * counts[1] + torch.where(frame % 2 == 0, row, counts[1] - 1 - row)
+    column = torch.where(row % 2 == 0, column, counts[2] - 1 - column)
+    box = (row * counts[2] + column).flatten()
+    return box.argsort(stable=True), tuple(box.bincount().tolist())
 
 
 def _hilbert(grid: Grid) -> torch.Tensor:

@@ -47,6 +47,16 @@ def test_boxes_that_do_not_divide_differ_by_one_along_each_axis():
     assert set(lengths) == {64, 56} and len(lengths) == 60
 
 
+@settings(max_examples=100, deadline=None)
+@given(st.tuples(SIZES, SIZES, SIZES), st.integers(1, 70))
+def test_the_next_box_touches_the_last(grid, chunk):
+    order, lengths = token_order(grid, chunk)
+    boxes = positions(grid)[order].split(lengths)
+    for box, after in zip(boxes, boxes[1:]):
+        apart = torch.maximum(after.amin(0) - box.amax(0), box.amin(0) - after.amax(0)).clamp_min(0)
+        assert apart.sum() == 1  # along one axis, by one step
+
+
 @pytest.mark.parametrize("grid", [(1, 8, 8), (4, 4, 4), (8, 8, 8), (1, 16, 16)])
 def test_the_hilbert_curve_steps_to_a_neighbour(grid):
     order, _ = token_order(grid, 8, "hilbert")
