@@ -12,8 +12,9 @@ BIN := .venv/bin
 demo: .venv/ready
 	$(BIN)/python examples/quickstart.py
 
+# One worker a core, compiling in its own process. PYTEST_ARGS adds to it: make test PYTEST_ARGS="-k permute".
 test: .venv/ready
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	TORCHINDUCTOR_COMPILE_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal $(PYTEST_ARGS)
 
 # Thousands of random graphs, full-size models: minutes.
 test-slow: .venv/ready

@@ -12,6 +12,15 @@ from chipmunk_compile.kernels import cpu
 from tests.kernels import formulas
 from tests.kernels.cases import PATHS, Attention, Mlp, close, needs_native
 
+@pytest.fixture(autouse=True)
+def two_threads():
+    """The native ops share their work among OpenMP's threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
 SHAPES = {
     "one chunk": dict(segments=(63,), chunk=64),
     "odd length": dict(segments=(257,), chunk=64, kept=41),

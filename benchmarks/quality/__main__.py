@@ -1,0 +1,100 @@
+"""Picture quality against time.
+
+    python -m benchmarks.quality --quick [--steps 28] [--only NAME ...]
+
+`--quick`: the shipped transformer (examples/tiny_dit) on this machine. Every method denoises the same noise as
+compiled dense does; a dense generation runs beside each of its repeats, and speed-up is the ratio of the two, median
+over repeats. PSNR, SSIM and relative L1 of the picture tokens are means over pictures, against compiled dense with the
+same number of steps. Writes benchmarks/results/quality-<model>-<device>.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import pathlib
+import platform
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+from tqdm.auto import tqdm
+
+import chipmunk_compile
+from examples.tiny_dit import sampling
+
+from . import metrics
+from .methods import Method, quick_methods
+
+log = logging.getLogger("quality")
+RESULTS = pathlib.Path(__file__).parent.parent / "results"
+BATCH = 2
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", required=True, help="the shipped model, a few settings each")
+    parser.add_argument("--steps", type=int, default=28)
+    parser.add_argument("--repeats", type=int, default=2, help="timed generations of each method, each of other noise")
+    parser.add_argument("--only", nargs="*", help="methods whose label holds one of these")
+    args = parser.parse_args()
+    torch.manual_seed(0)
+    model = sampling.load_model()
+    dense = torch.compile(model)
+    conditioning = sampling.prepare(list(sampling.CAPTIONS[:BATCH]), model)
+
+    def denoise(called: Callable, seed: int, steps: int) -> tuple[torch.Tensor, float]:
+        noise = sampling.starting_noise(BATCH, seed, model)
+        started = time.perf_counter()
+        tokens = sampling.denoise(called, noise, conditioning, steps)
+        return tokens, time.perf_counter() - started
+
+    denoise(dense, 0, 2)
+    methods = quick_methods(model, dense, args.steps)
+    if args.only:
+        methods = [m for m in methods if any(name in m.label for name in args.only)]
+    rows = []
+    for method in tqdm(methods, desc="methods", unit="method"):
+        rows.append(measure(method, dense, denoise, args.steps, args.repeats))
+    write(rows)
+    for row in sorted(rows, key=lambda r: r["speedup"]):
+        print(f"{row['speedup']:5.2f}x  {row['psnr']:5.1f} dB  ssim {row['ssim']:.4f}  {row['label']}")
+
+
+def measure(method: Method, dense: Callable, denoise: Callable, steps: int, repeats: int) -> dict:
+    """One row."""
+    own_steps = method.steps or steps
+    denoise(method.make(), 0, min(own_steps, 6))  # compiles
+    ratios, scores = [], []
+    for seed in range(repeats):
+        chipmunk_compile.reset()
+        expected, dense_seconds = denoise(dense, seed, steps)
+        tokens, seconds = denoise(method.make(), seed, own_steps)
+        ratios.append(dense_seconds / seconds)
+        pictures, reference = (sampling.unpack(t).clamp(-1, 1) / 2 + 0.5 for t in (tokens, expected))
+        scores.append([
+            metrics.psnr(pictures, reference), metrics.ssim(pictures, reference), metrics.relative_l1(tokens, expected)
+        ])  # fmt: skip
+    psnr, ssim, rel_l1 = (torch.cat(values).mean().item() for values in zip(*scores))
+    return {
+        "model": "tiny-dit", "method": method.name, "setting": method.setting, "label": method.label,
+        "steps": own_steps,
+        "speedup": statistics.median(ratios), "speedups": ratios, "psnr": psnr, "ssim": ssim, "rel_l1": rel_l1,
+        "frechet": None, "pictures": repeats * BATCH,
+    }  # fmt: skip
+
+
+def write(rows: list[dict]) -> None:
+    lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
+    cpu = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+    name = "-".join("".join(c if c.isalnum() else " " for c in cpu.lower()).split()[:2])
+    whole = {"device": cpu, "threads": torch.get_num_threads(), "torch": torch.__version__, "rows": rows}
+    path = RESULTS / f"quality-tiny-dit-{name}.json"
+    path.write_text(json.dumps(whole, indent=1) + "\n")
+    log.info("wrote %s", path)
+
+
+if __name__ == "__main__":
+    main()

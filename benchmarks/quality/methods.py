@@ -1,0 +1,54 @@
+"""All that is compared: a name, a setting, and how to make the model of one generation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from .rivals import StepReuse, TaylorSteps, first_block_cache
+
+
+@dataclass(frozen=True)
+class Method:
+    """`make()` returns the callable for one generation; what it compiles is compiled once."""
+
+    name: str
+    setting: dict[str, Any]
+    make: Callable[[], Callable]
+    steps: int | None = None  # where they are not the harness's own
+
+    @property
+    def label(self) -> str:
+        return " ".join([self.name, *(f"{name.rpartition('.')[2]}={value}" for name, value in self.setting.items())])
+
+
+def chipmunk(model: torch.nn.Module, **options: Any) -> Method:
+    """chipmunk with options; double underscores stand for dots."""
+    options = {name.replace("__", "."): value for name, value in options.items()}
+    compiled = torch.compile(model, backend="chipmunk", options=options)
+    return Method("chipmunk", options, lambda: compiled)
+
+
+def quick_methods(model: torch.nn.Module, dense: Callable, steps: int) -> list[Method]:
+    """The shipped model's table: each preset, its control, and each rival at a few speeds."""
+    methods = [chipmunk(model, preset=preset) for preset in ("quality", "balanced", "fast")]
+    methods.append(chipmunk(model, preset="balanced", attention__sparsity=1.0, mlp__sparsity=1.0))
+    for fewer in (steps * 2 // 3, steps // 2, steps // 3):
+        methods.append(Method("fewer steps", {"steps": fewer}, lambda: dense, fewer))
+    for every in (2, 3):
+        methods.append(Method("step reuse", {"every": every}, lambda every=every: StepReuse(dense, every)))
+    for every, order in ((2, 1), (2, 2), (3, 1), (4, 1)):
+        setting = {"every": every, "order": order}
+        methods.append(Method("Taylor steps", setting, lambda e=every, o=order: TaylorSteps(dense, e, o)))
+    for threshold in (0.05, 0.1):
+        hooked = first_block_cache(model, threshold)
+        methods.append(Method("first-block cache", {"threshold": threshold}, lambda hooked=hooked: restarted(hooked)))
+    return methods
+
+
+def restarted(hooked: Callable) -> Callable:
+    hooked.restart()
+    return hooked
