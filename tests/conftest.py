@@ -5,7 +5,6 @@ import torch
 
 import chipmunk_compile
 
-
 # Workers of pytest-xdist share the cores; a test that needs threads asks for them.
 torch.set_num_threads(max(1, torch.get_num_threads() // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))))
 

@@ -12,6 +12,7 @@ from chipmunk_compile.kernels import cpu
 from tests.kernels import formulas
 from tests.kernels.cases import PATHS, Attention, Mlp, close, needs_native
 
+
 @pytest.fixture(autouse=True)
 def two_threads():
     """The native ops share their work among OpenMP's threads."""
