@@ -29,8 +29,9 @@ def resolve_autocast(gm: fx.GraphModule) -> fx.GraphModule:
     regions = any(node.target is _ENTER for node in graph.nodes)
     if not regions and not any(map(torch.is_autocast_enabled, ("cpu", "cuda"))):
         return gm
-    mode = detect_fake_mode([node.meta["val"] for node in graph.nodes if "val" in node.meta])
-    if mode is None:
+    valued = [node for node in graph.nodes if node.op != "output" and node.target not in (_ENTER, _EXIT)]
+    mode = detect_fake_mode([node.meta.get("val") for node in valued])
+    if mode is None or any("val" not in node.meta for node in valued):
         return gm
     open_regions: dict[fx.Node, Any] = {}
     try:

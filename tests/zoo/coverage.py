@@ -200,7 +200,9 @@ def _unpaired(main: Counter[str], sparse: Counter[str]) -> tuple[list[str], list
 def _missed(kind: str, module: str, analyses: list[Analysis], clock: bool) -> Missed:
     declined = [d for analysis in analyses for d in analysis.declined if d.kind == kind]
     for found in declined:
-        if found.name == module or module.endswith(f".{found.name}") or (kind == "mlp" and _inside(module, found.name)):
+        if found.name and (
+            f".{module}.".endswith(f".{found.name}.") or kind == "mlp" and f".{found.name}." in f".{module}."
+        ):
             detail = ", ".join(f"{k} {v}" for k, v in found.detail.items())
             return Missed(kind, module, found.reason.name, detail)
     if not clock and any(analysis.reason is None for analysis in analyses):
@@ -211,10 +213,6 @@ def _missed(kind: str, module: str, analyses: list[Analysis], clock: bool) -> Mi
     paths = {module_path(node) for a in analyses if a.canonical is not None for node in a.canonical.graph.nodes}
     seen = any(path and (module == path or module.endswith(f".{path}")) for path in paths)
     return Missed(kind, module, NOT_SEEN if seen else NOT_CAPTURED)
-
-
-def _inside(module: str, parent: str) -> bool:
-    return bool(parent) and (module == parent or module.startswith(f"{parent}."))
 
 
 def _permutation(analyses: list[Analysis]) -> str:
