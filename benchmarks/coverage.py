@@ -32,7 +32,7 @@ from tests.zoo.coverage import KINDS, MIN_TOKENS, NOT_CAPTURED, NOT_SEEN, cover
 HERE = pathlib.Path(__file__).parent
 RESULTS, TABLE = HERE / "results" / "coverage.json", HERE.parent / "docs" / "coverage.md"
 OTHER_REASONS = {
-    NOT_CAPTURED: "it runs between the graphs that Dynamo captures (a graph break)",
+    NOT_CAPTURED: "it runs outside the graphs that Dynamo captures: after a graph break, or behind its recompile limit",
     NOT_SEEN: "no pass has seen it",
 }
 

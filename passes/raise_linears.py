@@ -46,8 +46,8 @@ def _product(node: Node) -> Node | None:
             return None
     else:
         return None
-    if len(shape(x)) < 2 or len(shape(weight)) != 2 or not is_input(weight):
-        return None
+    if len(shape(x)) < 2 or len(shape(weight)) != 2 or shape(weight)[0] == 1 or not is_input(weight):
+        return None  # over one feature it is an outer product: positions or a timestep by frequencies
     transposed = emit(node.graph, aten.t.default, weight, like=node)
     operands = [x, transposed] if bias is None else [x, transposed, bias]
     return emit(node.graph, aten.linear.default, *operands, like=node)

@@ -75,6 +75,7 @@ LEFT = {
     "a product of activations": lambda m, x: x @ x.mT,
     "a matrix made in the graph": lambda m, x: x @ (m.w1 * 2).softmax(0),
     "a matrix for each sample": lambda m, x, w: torch.bmm(x, w),
+    "time by frequencies": lambda m, x: (x[..., :1] @ m.w1[:1]).cos(),
     "addmm with a matrix added": lambda m, x: torch.addmm(x[0, :, :1].expand(-1, HIDDEN), x[0], m.w1),
     "scaled addmm": lambda m, x: torch.addmm(m.b1, x[0], m.w1, beta=0.5),
     "one convolution": lambda m, x: F.gelu(m.conv1(x.mT)),

@@ -36,7 +36,7 @@ DELTA_OPS = {
 }
 KINDS = tuple(DELTA_OPS)
 NOT_SEEN = "NOT_SEEN"  # no pass has said why
-NOT_CAPTURED = "NOT_CAPTURED"  # it ran between the graphs that Dynamo captured
+NOT_CAPTURED = "NOT_CAPTURED"  # it ran outside the graphs that Dynamo captured
 
 
 @dataclass(frozen=True)
@@ -211,8 +211,7 @@ def _missed(kind: str, module: str, analyses: list[Analysis], clock: bool) -> Mi
     if whole is not None:
         return Missed(kind, module, whole.reason.name, whole.detail)
     paths = {module_path(node) for a in analyses if a.canonical is not None for node in a.canonical.graph.nodes}
-    seen = any(path and (module == path or module.endswith(f".{path}")) for path in paths)
-    return Missed(kind, module, NOT_SEEN if seen else NOT_CAPTURED)
+    return Missed(kind, module, NOT_SEEN if module in paths else NOT_CAPTURED)
 
 
 def _permutation(analyses: list[Analysis]) -> str:
