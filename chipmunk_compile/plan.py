@@ -14,7 +14,7 @@ from torch import fx
 
 from . import telemetry
 from .config import Config, OptionError
-from .kernels.ops import column_step
+from .kernels.ops import column_step, why_slow
 from .passes import PASSES
 from .passes.attention_sites import find_attention
 from .passes.canonical import canonicalise
@@ -167,12 +167,14 @@ def _permute(canonical, sites, axes: TokenAxes, inputs: Inputs, config: Config) 
 
 
 def _switch(sites, config: Config) -> tuple[list[AttentionSite | MlpSite], list[Declined]]:
-    """Sites whose kind the options leave on, and the others."""
+    """Sites whose kind the options leave on and the device has kernels for, and the others."""
     on, off = [], []
     for site in sites:
         options = config.attention if site.kind == "attention" else config.mlp
         if options.sparsity is None:
             off.append(Declined(site.kind, site.name, Reason.DISABLED_BY_OPTION, {"option": f"{site.kind}.sparsity"}))
+        elif why := why_slow(site.node.meta["val"].dtype, site.node.meta["val"].device):
+            off.append(Declined(site.kind, site.name, Reason.NO_KERNELS, {"why": why}))
         else:
             on.append(site)
     return on, off

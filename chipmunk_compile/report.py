@@ -32,6 +32,7 @@ ADVICE = {
     Reason.DROPOUT: "call model.eval()",
     Reason.TRAINING: "call the model under torch.no_grad()",
     Reason.DISABLED_BY_OPTION: "give the option a number",
+    Reason.NO_KERNELS: "an NVIDIA GPU of compute capability 8.0 or up, and Triton, are needed",
     Reason.MIXED_DTYPE: "load the model in the dtype that it runs in, instead of autocast",
     Reason.UNSUPPORTED_DTYPE: "load the model in bfloat16, float16 or float32",
     Reason.TOO_MANY_SIZES: "pad texts to one length, or compile the model once per resolution",

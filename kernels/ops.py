@@ -13,7 +13,7 @@ from __future__ import annotations
 import torch
 from torch.utils.flop_counter import register_flop_formula
 
-from . import cpu, cuda, reference
+from . import cpu, cuda, launch, reference
 
 library = torch.library.Library("chipmunk", "DEF")
 
@@ -24,6 +24,11 @@ IMPLEMENTATIONS = {"CPU": cpu, "CUDA": cuda, "CompositeExplicitAutograd": refere
 def column_step(device: torch.device) -> int:
     """Columns are best planned in multiples of this."""
     return cuda.COLUMN_STEP if device.type == "cuda" else 1
+
+
+def why_slow(dtype: torch.dtype, device: torch.device) -> str | None:
+    """Why a device would run the ops as their meaning, slower than dense; None where it has kernels for them."""
+    return launch.why_no_triton(dtype, device) if device.type == "cuda" else None
 
 
 # --- what an op demands of its arguments: kernels take raw pointers, so this stands before every one ---

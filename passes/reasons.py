@@ -19,6 +19,7 @@ class Reason(enum.Enum):
     UNSUPPORTED_ACTIVATION = "the pointwise region holds an op that the kernel generator cannot print"
     UNSUPPORTED_DTYPE = "dtype is not float32, bfloat16 or float16"
     UNSUPPORTED_SHAPE = "the shapes are outside what the kernels handle"
+    NO_KERNELS = "this device has no kernels for the sparse ops; their plain meaning is slower than dense"
     MIXED_DTYPE = "operand dtypes differ (autocast or quantised weights)"
     DROPOUT = "dropout is active: the model is in training mode"
     SHARED_HIDDEN = "the hidden activation is used outside the MLP too"

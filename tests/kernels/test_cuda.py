@@ -56,6 +56,31 @@ def test_an_old_gpu_runs_the_meaning_and_the_log_says_so_once(gpu, caplog):
     assert "7.5" in record.message and "8.0" in record.message
 
 
+def test_sites_on_an_old_gpu_stay_dense(gpu):
+    """The graph is captured for a GPU that is not there."""
+    from chipmunk_compile import Reason
+    from chipmunk_compile.config import Config
+    from chipmunk_compile.passes.sites import Declined
+    from chipmunk_compile.plan import _switch
+
+    class Site:
+        kind, name = "attention", "blocks.0"
+
+        def __init__(self, device):
+            with FakeTensorMode(allow_non_fake_inputs=True):
+                self.node = torch.fx.Graph().placeholder("out")
+                self.node.meta["val"] = torch.empty(2, device=device, dtype=BF16)
+
+    pytest.importorskip("triton")
+    old, new = Site(GPU), Site(CPU)
+    assert _switch([old, new], Config()) == ([old, new], [])
+    gpu["capability"] = (7, 5)
+    launch.why_no_triton.cache_clear()
+    on, (declined,) = _switch([old, new], Config())
+    assert on == [new] and isinstance(declined, Declined) and declined.reason is Reason.NO_KERNELS
+    assert "7.5" in declined.detail["why"]
+
+
 def test_without_triton_the_meaning_runs(gpu, monkeypatch):
     monkeypatch.setattr(launch, "_has_triton", lambda: False)
     assert "pip install triton" in launch.why_no_triton(BF16, GPU)
