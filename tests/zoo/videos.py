@@ -204,8 +204,8 @@ def _joyimage(cls: type) -> torch.nn.Module:
 
 def joyimage() -> Tiny:
     """JoyImage-Edit: double blocks over [image | text]."""
-    randn = Random()
-    return _joyimage(diffusers.JoyImageEditTransformer3DModel), dict(
+    randn, model = Random(), _joyimage(diffusers.JoyImageEditTransformer3DModel)
+    return model, dict(
         hidden_states=randn(1, 4, FRAMES, 2 * HEIGHT, 2 * WIDTH),
         encoder_hidden_states=randn(1, TEXT, 20),
         timestep=timestep(1),
@@ -215,8 +215,7 @@ def joyimage() -> Tiny:
 def joyimage_plus() -> Tiny:
     """JoyImage-Edit-Plus: patches of a target and of references, packed; a key mask."""
     randn = Random()
-    mask = torch.ones(1, TEXT)
-    mask[-1, -2:] = 0
+    mask = (torch.arange(TEXT) < TEXT - 2).float()[None]
     return _joyimage(diffusers.JoyImageEditPlusTransformer3DModel), dict(
         hidden_states=randn(1, 2 * HEIGHT * WIDTH, 4, 1, 2, 2),
         encoder_hidden_states=randn(1, TEXT, 20),
@@ -265,8 +264,7 @@ def kandinsky6_sr() -> Tiny:
         num_visual_blocks=2,
         axes_dims=(4, 6, 6),
     )
-    randn = Random()
-    return model, dict(hidden_states=randn(1, 1, 16, 16, 9), timestep=timestep(1))
+    return model, dict(hidden_states=Random()(1, 1, 16, 16, 9), timestep=timestep(1))
 
 
 def ltx2() -> Tiny:
@@ -324,8 +322,8 @@ def minimax_h3() -> Tiny:
     )
     randn = Random()
     audio, video = 5, TOKENS
-    tags = torch.cat([torch.full((TEXT,), 1), torch.full((audio,), 2), torch.zeros(video, dtype=torch.long)])
-    rows = torch.arange(TEXT + audio + video)
+    tags = torch.tensor([1] * TEXT + [2] * audio + [0] * video)
+    rows = torch.arange(len(tags))
     return model, dict(
         hidden_states=randn(2, video, 16),
         audio_hidden_states=randn(2, audio, 6),
