@@ -71,6 +71,14 @@ class generation:
             owner.release()
         self._roots, self._owners, self._hooks = [], [], []
 
+    def unhook(self, root: Root) -> None:
+        """Leaves the model's own graphs to begin forwards: it is compiled as a whole."""
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks, self._hooks_forward = [], False
+        if root.hooked:
+            root.whole, root.hooked, root.block_clock = True, False, self._clock()
+
     def _clock(self) -> Clock | None:
         if self._counts is not None:
             return CountedClock(*self._counts)

@@ -227,6 +227,8 @@ class Owners:
                 root = root_of(outermost, whole=False)
             if block is not None and block.module is not None:
                 root = root_of(block.module, whole=is_compiled(block.module))
+                if compiled is block.module:
+                    block.unhook(root)  # it was given as it is, and is called through torch.compile's wrapper
             root.count(self._config)
             owner = Owner(parameters, root, InferredClock(self._latents) if self._has_timestep else None)
             if block is not None:

@@ -222,8 +222,9 @@ def _classify(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Inputs:
 def _with_timesteps(inputs: Inputs, canonical: fx.GraphModule, example_inputs: Sequence[Any]) -> Inputs:
     timesteps = find_timesteps(canonical, set(inputs.user))
     user = [i for i in inputs.user if i not in timesteps]
-    latents = frozenset(p for p, i in enumerate(user) if _has_shape_of_an_output(canonical, example_inputs[i]))
-    return Inputs(inputs.parameters, tuple(user), tuple(timesteps), latents)
+    latents = [p for p, i in enumerate(user) if _has_shape_of_an_output(canonical, example_inputs[i])]
+    # A graph that ends at a graph break returns text too: then nothing is known.
+    return Inputs(inputs.parameters, tuple(user), tuple(timesteps), frozenset(latents if len(latents) == 1 else ()))
 
 
 def _is_held_by_module(node: fx.Node) -> bool:

@@ -33,7 +33,7 @@ ADVICE = {
     Reason.TRAINING: "call the model under torch.no_grad()",
     Reason.DISABLED_BY_OPTION: "give the option a number",
     Reason.NO_KERNELS: "an NVIDIA GPU of compute capability 8.0 or up, and Triton, are needed",
-    Reason.MIXED_DTYPE: "load the model in the dtype that it runs in, instead of autocast",
+    Reason.MIXED_DTYPE: "load the whole model in one dtype",
     Reason.UNSUPPORTED_DTYPE: "load the model in bfloat16, float16 or float32",
     Reason.TOO_MANY_SIZES: "pad texts to one length, or compile the model once per resolution",
     Reason.NO_CLOCK: "say where generations start: with chipmunk_compile.generation(model, steps=..., streams=...), "

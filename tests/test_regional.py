@@ -107,6 +107,21 @@ def test_counting_alone_notices_a_generation_that_was_broken_off(broken_off, aga
     assert worst(outputs[1][:4], reference(second)[:4]) < 1e-5
 
 
+@pytest.mark.usefixtures("uncompiled")
+def test_a_model_given_without_its_wrapper_keeps_the_clock_of_its_graph():
+    """generation(model) where torch.compile(model) is what is called: nothing to hook."""
+    model, loop = toy(), Loop(steps=8)
+    compiled = torch.compile(model, backend="chipmunk", options={**SMALL, **EXACT})
+    for generations in (1, 2):
+        with chipmunk_compile.generation(model):
+            assert worst(guided(compiled, [loop]), guided(toy(), [loop])) < 1e-5
+        assert counts("dense", "generations", "state_bytes") == (0, generations, 0)
+    assert counts("delta")[0] >= 8
+    with chipmunk_compile.generation(model, steps=8):
+        guided(compiled, [loop])
+    assert counts("dense")[0] == 0 and not model._forward_pre_hooks
+
+
 def test_the_whole_model_around_a_wrapper_keeps_its_own_clock():
     """An outer module that is not compiled is asked for only by blocks."""
 
