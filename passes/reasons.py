@@ -20,7 +20,7 @@ class Reason(enum.Enum):
     UNSUPPORTED_DTYPE = "dtype is not float32, bfloat16 or float16"
     UNSUPPORTED_SHAPE = "the shapes are outside what the kernels handle"
     NO_KERNELS = "this device has no kernels for the sparse ops; their plain meaning is slower than dense"
-    MIXED_DTYPE = "operand dtypes differ (autocast or quantised weights)"
+    MIXED_DTYPE = "operand dtypes differ (quantised or partly cast weights)"
     DROPOUT = "dropout is active: the model is in training mode"
     SHARED_HIDDEN = "the hidden activation is used outside the MLP too"
     UNFUSED_ADAPTER = "a low-rank adapter (LoRA) runs beside the weights: fuse it into them"
@@ -31,9 +31,7 @@ class Reason(enum.Enum):
     # A whole graph.
     NO_SITES = "no attention or MLP site in this graph"
     NO_OWNER = "the graph receives no parameters, so its state would have no owner"
-    NO_LASTING_OWNER = (
-        "parameters are other objects at every call (sequential offload): no state can be kept"
-    )
+    NO_LASTING_OWNER = "parameters are other objects at every call (sequential offload): no state can be kept"
     NO_CANONICAL_FORM = "the graph could not be exported to functional ATen"
     ALIASED_MUTATION = "the graph mutates an input whose storage another input shares"
     TRAINING = "gradients are required"
