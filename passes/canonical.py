@@ -102,7 +102,7 @@ def _write_mutations_back(graph: fx.Graph, signature, own: list[fx.Node], held: 
     for value in values[:count]:
         target = by_name.get(targets[value.name])
         if target is None:
-            raise NotImplementedError(f"the graph mutates a tensor of its own: {targets[value.name]}")
+            raise ValueError(f"the graph mutates a tensor of its own: {targets[value.name]}")
         with graph.inserting_before(output):
             written = graph.call_function(aten.copy_.default, (target, value))
         written.meta["val"] = target.meta["val"]
