@@ -222,7 +222,7 @@ def classes(device: torch.device, hopper: bool = True) -> list[tuple[str, dict]]
 def main() -> None:
     parser = argparse.ArgumentParser(description="Measure the tiles of all classes of shape on this GPU.")
     parser.add_argument("--write", action="store_true", help="into tuning.json, under this GPU's compute capability")
-    parser.add_argument("--only", nargs="+", metavar="KERNEL", help="of these kernels: mlp_up_hopper, ...")
+    parser.add_argument("--only", nargs="+", metavar="KERNEL", help="or the start of a class: 'mlp_up_hopper inputs 1'")
     parser.add_argument("--without", nargs="+", default=(), metavar="NAME", help="do not try: early, whole, BN, ...")
     parser.add_argument("--budget", type=float, default=float("inf"), metavar="SECONDS", help="then start no class")
     options = parser.parse_args()
@@ -230,7 +230,7 @@ def main() -> None:
     began, device = time.monotonic(), _device()
     capability = launch.capability(device)
     for key, default in classes(device, hopper=capability[0] == 9):
-        if options.only and key.split(" ")[0] not in options.only:
+        if options.only and not any(f"{key} ".startswith(f"{name} ") for name in options.only):
             continue
         if time.monotonic() - began > options.budget:
             logger.info("out of budget before %s", key)

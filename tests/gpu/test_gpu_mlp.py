@@ -26,7 +26,7 @@ def test_gathers_tokens(dtype):
 
 
 def test_the_tuner_measures_what_fits(monkeypatch):
-    monkeypatch.setitem(tuner.CANDIDATES, "mlp_down", {"BO": (64,), "num_stages": (2, 40)})  # 40: 320 KiB
+    monkeypatch.setitem(tuner.CANDIDATES, "mlp_down", {"BO": (64,), "num_stages": (2, 80)})  # 80: 320 KiB
     device = torch.device("cuda", torch.cuda.current_device())
     key, default = "mlp_down 16-bit chunk 64", tuning.mlp_down(BF16, 64, torch.device("cpu"))
     assert tuner.measure(key, default, device) == {key: {**default, "BO": 64, "num_stages": 2}}

@@ -75,8 +75,10 @@ def attention(
     wide = [t.double() for t in (query, key, value)]
     dense = reference.dense_attention(*wide, wide_mask, scale)
     errors = {"o": distance(o, dense)}
-    # o_cache is the difference of two nearly equal numbers where nearly everything is kept: judged against o.
-    errors["o_cache"] = ((o_cache.double() - (o.double() - sparse(*wide[:3], counts))).norm() / dense.norm()).item()
+    # o_cache is the difference of two numbers, nearly equal where nearly everything is kept: judged against the larger.
+    kept_alone = sparse(*wide[:3], counts)
+    off = (o_cache.double() - (o.double() - kept_alone)).norm()
+    errors["o_cache"] = (off / torch.maximum(dense.norm(), kept_alone.norm())).item()
     errors |= _choice(wide, key_mask, sampled, columns, counts, scale, kept)
     fresh = inputs()
     fewer = (counts * torch.rand(counts.shape, device=device)).int()
