@@ -42,6 +42,9 @@ class ScheduleOptions:
 
     refresh_every: int = 5
     """A refresh at every such step, counted from the first one of the generation."""
+    refresh_at: tuple[int, ...] | None = None
+    """Steps of the generation, from 0, that are refreshes instead of every so many: (10, 40). One that would be forecast
+    is refreshed at the next computed step. The warm-up is refreshed in any case."""
     warmup: int = 2
     """This many first steps are refreshes: the picture is decided there."""
     compute_every: int = 1
@@ -70,6 +73,8 @@ class Config:
     forecast: ForecastOptions = field(default_factory=ForecastOptions)
     min_tokens: int = 768
     """Sites with fewer tokens stay dense: below it a sparse step does not pay."""
+    dense_layers: int = 0
+    """So many first layers stay dense; a layer is a self-attention over tokens and the MLPs behind it."""
     steps: int | None = None
     """Denoising steps of a generation. When given, calls are counted and nothing is read from the device."""
     streams: int | None = None
@@ -179,6 +184,15 @@ def _at_least(least: int, optional: bool = False) -> Callable[[str, Any], int | 
     return check
 
 
+def _steps(name: str, value: Any) -> tuple[int, ...] | None:
+    if value is None:
+        return None
+    whole = isinstance(value, (tuple, list)) and all(isinstance(v, int) and not isinstance(v, bool) for v in value)
+    if not whole or any(v < 0 for v in value) or any(a >= b for a, b in zip(value, value[1:])):
+        raise OptionError(f"{name}={value!r}: steps in rising order, counted from 0, such as (10, 40)")
+    return tuple(value)
+
+
 def _grid(name: str, value: Any) -> tuple[int, int, int] | None:
     if value is None:
         return None
@@ -236,11 +250,13 @@ RULES: dict[str, Callable[[str, Any], Any]] = {
     "mlp.chunk": _chunk,
     "mlp.samples": _at_least(1),
     "schedule.refresh_every": _at_least(1),
+    "schedule.refresh_at": _steps,
     "schedule.warmup": _at_least(1),
     "schedule.compute_every": _at_least(1),
     "forecast.order": _order_of_forecast,
     "forecast.residual": _residual,
     "min_tokens": _at_least(1),
+    "dense_layers": _at_least(0),
     "steps": _at_least(1, optional=True),
     "streams": _at_least(1, optional=True),
     "grid": _grid,

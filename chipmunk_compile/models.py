@@ -37,6 +37,7 @@ class Forward:
     clock: Clock
     epoch: int
     calls: int = 0  # of graphs with sites, until now
+    layers: int = 0  # that those held
     occurrences: Counter = field(default_factory=Counter)  # by owner
 
 
@@ -120,11 +121,12 @@ class Root:
         forward.occurrences[owner.key] += 1
         return forward.tick, occurrence
 
-    def end_call(self) -> None:
-        """After the last call of a forward (known from the forward before), the clock may end the generation."""
+    def end_call(self, layers: int) -> None:
+        """After the call of a graph that holds `layers` layers. After the last call of a forward (known from the forward before), the clock may end the generation."""
         forward = self.forward
         if forward is not None:
             forward.calls += 1
+            forward.layers += layers
             if not self.hooked and forward.calls >= max(self._last.calls if self._last else 0, 1):
                 forward.clock.finish()
 

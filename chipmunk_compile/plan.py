@@ -57,6 +57,7 @@ class Analysis:
     declined: tuple[Declined, ...] = ()
     permutation: PermutationPlan | Declined | None = None
     axes: TokenAxes | None = field(default=None, repr=False)
+    layers: int = 0  # self-attentions over tokens, those that are switched off too; MLPs where there are none
     reason: Reason | None = None
     detail: str = ""
 
@@ -110,16 +111,20 @@ def analyse(gm: fx.GraphModule, example_inputs: Sequence[Any], config: Config) -
         _trace(rewrite.__name__, canonical)
     attention, no_attention = find_attention(canonical, min_tokens=config.min_tokens)
     mlps, no_mlps = find_mlps(canonical, min_tokens=config.min_tokens)
-    sites, switched_off = _switch([*attention, *mlps], config)
-    declined = (*no_attention, *no_mlps, *switched_off)
     inputs = _with_timesteps(inputs, canonical, example_inputs)
+    layers = len(attention or mlps)
+    # A block compiled by itself does not know how many came before it: its callable counts (runner.py).
+    first = config.dense_layers if inputs.timesteps or layers > config.dense_layers else 0
+    sites, leading = _without_leading(canonical, attention, mlps, first)
+    sites, switched_off = _switch(sites, config)
+    declined = (*no_attention, *no_mlps, *leading, *switched_off)
     if not sites and not (inputs.timesteps and config.schedule.compute_every > 1):  # forecasts need no site
         return Analysis(inputs, canonical, declined=declined, reason=Reason.NO_SITES)
     if not inputs.parameters:
         return Analysis(inputs, canonical, declined=declined, reason=Reason.NO_OWNER)
     axes = analyse_tokens(canonical)
     permutation = _permute(canonical, sites, axes, inputs, config)
-    return Analysis(inputs, canonical, tuple(sites), declined, permutation, axes)
+    return Analysis(inputs, canonical, tuple(sites), declined, permutation, axes, layers)
 
 
 def make_plan(analysis: Analysis, grids: Sequence[tuple[Grid, ...] | None], config: Config) -> Plan:
@@ -164,6 +169,19 @@ def _permute(canonical, sites, axes: TokenAxes, inputs: Inputs, config: Config) 
     permute_tokens(canonical, plan)
     _trace("permute_tokens", canonical)
     return plan
+
+
+def _without_leading(canonical: fx.GraphModule, attention, mlps, layers: int) -> tuple[list, list[Declined]]:
+    """Sites behind the first `layers` layers, and those of them. In graph order an MLP is of the attention before it."""
+    sites = [*attention, *mlps]
+    if not layers:
+        return sites, []
+    position = {node: i for i, node in enumerate(canonical.graph.nodes)}
+    begins = sorted(position[site.node] for site in attention or mlps)
+    first = begins[layers] if layers < len(begins) else len(position)
+    why = {"option": "dense_layers", "layers": layers}
+    declined = [Declined(s.kind, s.name, Reason.DISABLED_BY_OPTION, why) for s in sites if position[s.node] < first]
+    return [site for site in sites if position[site.node] >= first], declined
 
 
 def _switch(sites, config: Config) -> tuple[list[AttentionSite | MlpSite], list[Declined]]:

@@ -82,6 +82,8 @@ class Runner(_Called):
         self._compiler = compiler
         asked = config.schedule.compute_every > 1 or config.forecast.residual > 0
         self._remembers = asked and only_computes(analysis.canonical)
+        # Layers of a forward that stay dense, where this graph holds too few to tell which of them they are.
+        self._dense_until = config.dense_layers if analysis.layers <= config.dense_layers else 0
         self._by_grid: dict[tuple, Programs] = {}
         self.programs: Programs | None = None
 
@@ -128,6 +130,10 @@ class Runner(_Called):
             states.pop(key, None)
             states.pop(self, None)
             return programs.run(Program.DENSE, args)
+        if owner.root.forward.layers < self._dense_until:
+            outputs = programs.run(Program.DENSE, args)
+            owner.root.end_call(self._analysis.layers)
+            return outputs
         state = states.get(key)
         if state is None or state.fits != fits:
             states.pop(key, None)
@@ -139,7 +145,7 @@ class Runner(_Called):
             outputs = self._run_beside(history, due, programs, state, tick, args)
         else:
             outputs = self._run_program(Program.DELTA if due is Program.FORECAST else due, programs, state, args)
-        owner.root.end_call()
+        owner.root.end_call(self._analysis.layers)
         return outputs
 
     def _run_program(self, program: Program, programs: Programs, state: State, args: Sequence):

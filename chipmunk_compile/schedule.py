@@ -22,6 +22,9 @@ def program_at(step: int, schedule: ScheduleOptions) -> Program:
         warmup=2, refresh_every=3                     R R d R d d R d d R d d
         warmup=2, refresh_every=3, compute_every=2    R R f d f R f d f d f R
 
+        warmup=2, refresh_at=(4, 7)                  R R d d R d d R d d d d
+        warmup=2, refresh_at=(4, 7), compute_every=2 R R f d f R f R f d f d
+
     Warm-up steps are refreshes rather than dense ones: a refresh costs little more, and a model then needs two
     compiles instead of three.
     """
@@ -30,4 +33,7 @@ def program_at(step: int, schedule: ScheduleOptions) -> Program:
     computed, waiting = divmod(step - schedule.warmup + 1, schedule.compute_every)
     if waiting:
         return Program.FORECAST
+    if schedule.refresh_at is not None:
+        due = any(step - schedule.compute_every < at <= step for at in schedule.refresh_at)
+        return Program.REFRESH if due else Program.DELTA
     return Program.DELTA if (computed + schedule.warmup - 1) % schedule.refresh_every else Program.REFRESH

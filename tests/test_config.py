@@ -47,6 +47,13 @@ def test_an_unknown_option_offers_the_nearest(name, hint):
         ("mlp.chunk", 0),
         ("schedule.refresh_every", 0),
         ("schedule.warmup", 1.5),
+        ("schedule.refresh_at", 10),
+        ("schedule.refresh_at", (0, 1.5)),
+        ("schedule.refresh_at", (10, 0)),
+        ("schedule.refresh_at", (0, True)),
+        ("schedule.refresh_at", (-1, 10)),
+        ("dense_layers", -1),
+        ("dense_layers", 2.0),
         ("min_tokens", -1),
         ("steps", 0),
         ("streams", 0),
@@ -74,3 +81,8 @@ def test_mode_and_inductor_options_reach_inductor():
     config = Config.from_options({"mode": "max-autotune-no-cudagraphs", "inductor": {"epilogue_fusion": False}})
     assert config.inductor_options()["max_autotune"] is True
     assert config.inductor_options()["epilogue_fusion"] is False
+
+
+def test_refreshes_are_listed_as_steps():
+    assert Config.from_options({"schedule.refresh_at": [0, 1, 10, 40]}).schedule.refresh_at == (0, 1, 10, 40)
+    assert Config.from_options({"schedule.refresh_at": None}).schedule.refresh_at is None

@@ -38,6 +38,10 @@ def test_lagrange_is_exact_for_polynomials_of_its_degree(degree):
         (dict(refresh_every=3, compute_every=2), "rrfdfrfdfdfr"),
         (dict(refresh_every=2, compute_every=3, warmup=1), "rffdffrffdff"),
         (dict(refresh_every=1, compute_every=2, warmup=3), "rrrfrfrfrfrf"),
+        (dict(refresh_at=(4, 7)), "rrddrddrdddd"),
+        (dict(refresh_at=(0, 1)), "rrdddddddddd"),
+        (dict(refresh_at=(4, 7), compute_every=2), "rrfdfrfrfdfd"),
+        (dict(refresh_at=(1, 4, 5, 10), compute_every=3), "rrffrffrffrf"),
     ],
 )
 def test_a_schedule_is_read_off_its_options(schedule, expected):
