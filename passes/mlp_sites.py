@@ -9,10 +9,10 @@ import torch
 from torch import fx
 from torch.fx import Node
 
+from .adapters import adapter_before, adapter_behind, enters_adapter, readers
 from .linears import Mlp, bias_of, is_input, is_map, parts_of, read_mlp
 from .naming import module_path
 from .nodes import dtype, shape, under_autocast
-from .pointwise import source
 from .reasons import Reason
 from .sites import Declined, MlpSite, Projection
 from .token_streams import find_token_streams
@@ -43,7 +43,7 @@ def find_mlps(gm: fx.GraphModule, *, min_tokens: int) -> tuple[list[MlpSite], li
         if rows is None:
             refusal = Reason.CONDITIONING_MLP, {"input": shape(mlp.linears[0].args[0])}
         elif mlp.input is None:
-            refusal = _refuse_adapter(mlp)
+            refusal = _refuse_adapter(adapter_before(mlp))
         else:
             refusal = (
                 _refuse_size(down, mlp, rows[1], min_tokens)
@@ -61,7 +61,7 @@ def find_mlps(gm: fx.GraphModule, *, min_tokens: int) -> tuple[list[MlpSite], li
 
 def _candidates(graph: fx.Graph) -> Iterator[tuple[Node, Mlp]]:
     for down in graph.nodes:
-        if is_map(down):
+        if is_map(down) and not enters_adapter(down):
             for part in parts_of(down)[0]:
                 mlp = read_mlp(part)
                 if mlp is not None:
@@ -71,14 +71,8 @@ def _candidates(graph: fx.Graph) -> Iterator[tuple[Node, Mlp]]:
 Refusal = tuple[Reason, dict[str, object]]
 
 
-def _refuse_adapter(mlp: Mlp) -> Refusal | None:
-    """W x + B (A x): linears that differ in their inputs, since A is narrow and reads what W reads."""
-    inputs = [source(linear.args[0]) for linear in mlp.linears]
-    narrow = [n for n in inputs if is_map(n) and 2 * shape(n)[-1] < shape(mlp.region.hidden[0])[-1]]
-    own = {n for n in inputs if n not in narrow}
-    if len(own) == 1 and own.issuperset(source(n.args[0]) for n in narrow):
-        return Reason.UNFUSED_ADAPTER, {"rank": max(shape(n)[-1] for n in narrow)}
-    return None
+def _refuse_adapter(rank: int | None) -> Refusal | None:
+    return None if rank is None else (Reason.UNFUSED_ADAPTER, {"rank": rank})
 
 
 def _refuse_size(down: Node, mlp: Mlp, tokens: int, min_tokens: int) -> Refusal | None:
@@ -114,13 +108,16 @@ def _refuse_region(down: Node, mlp: Mlp, taken: dict[Node, str]) -> Refusal | No
     if region.unsupported:
         return Reason.UNSUPPORTED_ACTIVATION, {"ops": list(region.unsupported)}
     parts, between = parts_of(down)
+    inside = {*region.inside, *region.hidden, *between}
+    outside = set(readers(inside)) - inside - {down}
+    adapted = _refuse_adapter(adapter_behind(outside))
+    if adapted is not None:
+        return adapted
     fused = [piece.linear for piece in mlp.pieces if not piece.is_whole]
     if len(parts) > 1:
         fused.append(down)
     if fused:  # split_linears left it whole
         return Reason.SHARED_HIDDEN, {"fused_linear": module_path(fused[0]) or fused[0].name}
-    inside = {*region.inside, *region.hidden, *between}
-    outside = {user for node in inside for user in node.users} - inside - {down}
     if outside:
         reader = min(outside, key=lambda n: n.name)
         return Reason.SHARED_HIDDEN, {"read_by": module_path(reader) or reader.name}

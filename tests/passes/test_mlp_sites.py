@@ -289,18 +289,6 @@ def test_declined(name):
     assert not sites and [(d.kind, d.reason, d.detail) for d in declined] == [("mlp", reason, detail)]
 
 
-@pytest.mark.parametrize("rank", [3, 9])
-def test_an_adapter_that_is_not_fused(rank):
-    def body(m, x):
-        return m.down(F.gelu(m.up(x) + 0.5 * m.b(m.a(x))))
-
-    toy = Toy(body)
-    toy.a, toy.b = nn.Linear(DIM, rank, bias=False), nn.Linear(rank, HIDDEN, bias=False)
-    sites, declined = find(toy, tokens(2, 7, DIM))
-    assert not sites
-    assert [(d.reason, d.detail) for d in declined] == [(Reason.UNFUSED_ADAPTER, {"rank": rank})]
-
-
 def test_declined_under_autocast():
     def body(m, x):
         with torch.autocast("cpu", torch.bfloat16):
