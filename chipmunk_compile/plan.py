@@ -28,6 +28,7 @@ from .passes.permute_tokens import (
     run_order,
     site_chunks,
 )
+from .passes.quantised import mark_quantised, stand_ins
 from .passes.reasons import Reason
 from .passes.sites import AttentionSite, Declined, MlpSite
 from .passes.timestep import find_timesteps
@@ -99,10 +100,11 @@ def analyse(gm: fx.GraphModule, example_inputs: Sequence[Any], config: Config) -
     """
     inputs = _classify(gm, example_inputs)
     try:
-        canonical = canonicalise(gm, list(example_inputs))
+        canonical = canonicalise(gm, stand_ins(gm, example_inputs))
     except Exception as error:  # whatever the export cannot take, Inductor may
         detail = f"({type(error).__name__}: {str(error).splitlines()[0][:200]})"
         return Analysis(inputs, reason=Reason.NO_CANONICAL_FORM, detail=detail)
+    mark_quantised(canonical, example_inputs)
     _trace("canonical", canonical)
     if _mutates_shared_storage(canonical, example_inputs):
         return Analysis(inputs, canonical, reason=Reason.ALIASED_MUTATION)
@@ -172,7 +174,7 @@ def _permute(canonical, sites, axes: TokenAxes, inputs: Inputs, config: Config) 
 
 
 def _without_leading(canonical: fx.GraphModule, attention, mlps, layers: int) -> tuple[list, list[Declined]]:
-    """Sites behind the first `layers` layers, and those of them. In graph order an MLP is of the attention before it."""
+    """Sites behind the first `layers` layers, and those of them. An MLP belongs to the attention before it."""
     sites = [*attention, *mlps]
     if not layers:
         return sites, []

@@ -166,7 +166,10 @@ def _argument(node: Node, position: int, name: str, default):
 
 
 def is_input(weight: Node) -> bool:
-    """An input or attribute of the graph, or a view of one, in whatever dtype: no more than a cast is computed."""
+    """An input or attribute of the graph, or a view of one, in whatever dtype: no more than a cast is computed.
+
+    What is quantised is none: there are no rows in it to gather.
+    """
     while weight.target in _WEIGHT_VIEWS or is_cast(weight):
         weight = weight.args[0]
-    return weight.op in ("placeholder", "get_attr")
+    return weight.op in ("placeholder", "get_attr") and "quantised" not in weight.meta

@@ -20,6 +20,7 @@ from ..kernels import ops  # noqa: F401  (defines torch.ops.chipmunk)
 from ..kernels.reference import sample_table
 from .canonical import clean
 from .keep_gathers import kept_gathers, use_kept
+from .quantised import call_quantised
 from .sites import AttentionSite, MlpSite
 
 aten = torch.ops.aten
@@ -138,6 +139,7 @@ def lower(gm: fx.GraphModule, treatments: Sequence[Treatment], program: str) -> 
     for node in graph.nodes:
         if node.target is aten.view.default:  # of values that may be laid out otherwise than those it was traced on
             node.target = aten.reshape.default
+    call_quantised(graph)
     return clean(lowered)
 
 

@@ -92,7 +92,8 @@ def _refuse_dtype(down: Node, mlp: Mlp, inside_autocast: set[Node]) -> Refusal |
     weights = [n for linear in linears for n in linear.all_input_nodes[1:]]
     computed = next((w for w in weights if not is_input(w)), None)
     if computed is not None:
-        return Reason.WEIGHT_NOT_INPUT, {"computed_by": str(computed.target)}
+        quantised = computed.meta.get("quantised")
+        return Reason.WEIGHT_NOT_INPUT, {"quantised": quantised} if quantised else {"computed_by": str(computed.target)}
     dtypes = dict.fromkeys(dtype(n) for n in (mlp.input, *weights, *linears))
     if len(dtypes) > 1:
         return Reason.MIXED_DTYPE, {"dtypes": [str(d) for d in dtypes]}

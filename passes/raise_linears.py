@@ -60,6 +60,8 @@ def _with_bias(node: Node) -> Node | None:
         if linear.target is not aten.linear.default or bias_of(linear) is not None or len(linear.users) > 1:
             continue
         weight = linear.args[1]
+        if "quantised" in weight.meta:
+            continue
         if is_input(bias) and shape(bias) == shape(weight)[:1] and dtype(bias) == dtype(weight) == dtype(linear):
             return emit(node.graph, aten.linear.default, *linear.args[:2], bias, like=linear)
     return None
