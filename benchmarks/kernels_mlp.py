@@ -104,17 +104,16 @@ def _error(run, shape: MlpShape, x, weights, biases, down_t, act, out_cache) -> 
 
 
 def _parts(arguments, shape: MlpShape, prepare) -> dict[str, float]:
-    """Milliseconds of choosing neurons, of the up and of the down product alone, at random neurons."""
+    """Milliseconds of choosing neurons, and of both products at random neurons."""
     x, weights, biases, down_t, down_norm, starts, sampled, act, sample, out_cache = arguments
     chosen = spread_columns(1, len(starts) - 1, shape.hidden, shape.kept)[0, 0]
     hopper = cuda_mlp._suits_hopper(x, weights, down_t, act, out_cache, shape.chunk)
-    up = (x, weights, biases, starts, chosen, act, shape.region, shape.chunk, hopper)
-    down = (cuda_mlp._up(*up), down_t, starts, chosen, out_cache, shape.chunk, hopper)
+    multiply = cuda_mlp._multiply_hopper if hopper else cuda_mlp._multiply
+    site = (x, weights, biases, down_t, starts, chosen, act, out_cache, shape.region, shape.chunk)
     choose = (x, weights, biases, down_norm, sampled, sample, torch.empty_like(chosen), shape.region)
     return {
         "choose": milliseconds(lambda: cuda_mlp._choose_neurons(*choose), prepare),
-        "up": milliseconds(lambda: cuda_mlp._up(*up)),
-        "down": milliseconds(lambda: cuda_mlp._down(*down)),
+        "multiply": milliseconds(lambda: multiply(*site)),
     }
 
 

@@ -1,8 +1,9 @@
 """The MLP delta by printed kernels: which of them run, with which tiles, on which workspaces.
 
     choose   a matrix product for the sampled tokens, mlp_scores, mlp_select, mlp_samples
-    up       mlp_up_hopper where it suits, else mlp_up: packs the change of the chosen activations
-    down     mlp_down_hopper or mlp_down: multiplies it into the output
+    multiply mlp_hopper where it suits; else
+        up       mlp_up: packs the change of the chosen activations
+        down     mlp_down: multiplies it into the output
 
 The change is packed as [chunk, column, token], so that both products read it as it lies.
 """
@@ -34,11 +35,14 @@ def mlp_delta(
         chosen.copy_(torch.arange(hidden, dtype=torch.int32, device=x.device).expand_as(chosen))
     else:
         _choose_neurons(x, weights, up_biases, down_norm, sample_tokens, sample_cache, chosen, region)
-    hopper = _suits_hopper(x, weights, down_t, act_cache, out_cache, chunk)
-    change = _up(x, weights, up_biases, chunk_starts, chosen, act_cache, region, chunk, hopper)
+    site = (x, weights, up_biases, down_t, chunk_starts, chosen, act_cache, out_cache, region, chunk)
+    suits = _suits_hopper(x, weights, down_t, act_cache, out_cache, chunk)
+    out = _multiply_hopper(*site) if suits else None
+    if out is None:
+        out = _multiply(*site)
     if everything:
         sample_cache.copy_(act_cache.index_select(2, sample_tokens.flatten()).transpose(1, 2).view_as(sample_cache))
-    return _down(change, down_t, chunk_starts, chosen, out_cache, chunk, hopper)
+    return out
 
 
 def _choose_neurons(x, weights, biases, down_norm, sample_tokens, sample_cache, chosen, region: str) -> None:
@@ -63,7 +67,7 @@ def _choose_neurons(x, weights, biases, down_norm, sample_tokens, sample_cache, 
 
 
 def _suits_hopper(x, weights, down_t, act_cache, out_cache, chunk: int) -> bool:
-    """Whether the warp-specialised kernels take these tensors: blocks of 128 tokens, 64 inputs at a time."""
+    """Whether the warp-specialised kernel takes these tensors: blocks of 128 tokens, 64 inputs at a time."""
     return (
         len(weights) <= 2
         and x.dtype in (torch.bfloat16, torch.float16)
@@ -74,50 +78,59 @@ def _suits_hopper(x, weights, down_t, act_cache, out_cache, chunk: int) -> bool:
     )
 
 
-def _up(x, weights, biases, chunk_starts, chosen, act_cache, region: str, chunk: int, hopper: bool) -> torch.Tensor:
+def _multiply_hopper(
+    x, weights, biases, down_t, chunk_starts, chosen, act_cache, out_cache, region: str, chunk: int
+) -> torch.Tensor | None:
+    """As _multiply in one launch; None where the kernel cannot be had."""
+    (rows, kept), width, chunks = chosen.shape, x.shape[2], chunk_starts.shape[0] - 1
+    batch, tokens, out_features = out_cache.shape
+    blocks = -(-chunk // 128)
+    change, out = x.new_empty(rows, kept, blocks * 128), x.new_empty(batch, tokens, out_features)
+    ready = torch.zeros(rows * blocks, dtype=torch.int32, device=x.device)
+    up_tiles = -(-kept // (256 // len(weights))) * rows * blocks
+    down_tiles = -(-out_features // 256) * rows * blocks
+    wide = max(x.shape[1] * x.stride(1), down_t.numel(), *(w.shape[0] * w.stride(0) for w in weights)) >= 1 << 31
+    facts = _facts(region, len(weights), len(biases))
+    function = kernel("mlp_hopper", **facts, wide=wide, even=out_features % 256 == 0)
+    launched = attempt(
+        function, (min(multiprocessors(x.device), up_tiles),),
+        x, *weights, *biases, down_t, chunk_starts, chosen, act_cache, out_cache, change, out, ready,
+        *x.stride()[:2], weights[0].stride(0), *act_cache.stride()[:2],
+        up_tiles, down_tiles, chunks, rows, blocks, tokens, width, out_features, kept,
+        launch_cooperative_grid=True, **tuning.mlp_hopper(len(weights), rows, x.device),
+    )  # fmt: skip
+    return out if launched else None
+
+
+def _multiply(
+    x, weights, biases, down_t, chunk_starts, chosen, act_cache, out_cache, region: str, chunk: int
+) -> torch.Tensor:
+    """The output [batch, tokens, out_features], act_cache and out_cache brought up to date at the chosen neurons."""
+    change = _up(x, weights, biases, chunk_starts, chosen, act_cache, region, chunk)
+    return _down(change, down_t, chunk_starts, chosen, out_cache, chunk)
+
+
+def _up(x, weights, biases, chunk_starts, chosen, act_cache, region: str, chunk: int) -> torch.Tensor:
     """The change of the chosen activations, [rows, kept, tokens of a chunk]; act_cache is brought up to date."""
     (rows, kept), width, chunks = chosen.shape, x.shape[2], chunk_starts.shape[0] - 1
     facts = _facts(region, len(weights), len(biases))
-    tensors = (*weights, *biases, chunk_starts, chosen, act_cache)
-    strides = (*x.stride()[:2], weights[0].stride(0), *act_cache.stride()[:2])
-    if hopper:
-        blocks = -(-chunk // 128)
-        change = x.new_empty(rows, kept, blocks * 128)
-        count = -(-kept // (256 // len(weights))) * rows * blocks
-        wide = max(x.shape[1] * x.stride(1), *(w.shape[0] * w.stride(0) for w in weights)) >= 1 << 31
-        form, tiles = tuning.mlp_up_hopper(len(weights), rows, x.device)
-        function = kernel("mlp_up_hopper", **facts, **form, wide=wide)
-        if attempt(
-            function, (min(multiprocessors(x.device), count),), x, *tensors, change,
-            *strides, count, chunks, rows, blocks, x.shape[1], width, kept, **tiles,
-        ):  # fmt: skip
-            return change
     tiles = tuning.mlp_up(x.dtype, chunk, len(weights), x.device)
     blocks = -(-chunk // tiles["BM"])
     change = x.new_empty(rows, kept, blocks * tiles["BM"])
     function = kernel("mlp_up", **facts, even=width % tiles["BK"] == 0, precision=precision(x.dtype))
     launch(
-        function, (-(-kept // tiles["BF"]) * rows * blocks,), x, *tensors, change,
-        *strides, chunks, rows, width, kept, BLOCKS=blocks, **tiles,
+        function, (-(-kept // tiles["BF"]) * rows * blocks,),
+        x, *weights, *biases, chunk_starts, chosen, act_cache, change,
+        *x.stride()[:2], weights[0].stride(0), *act_cache.stride()[:2],
+        chunks, rows, width, kept, BLOCKS=blocks, **tiles,
     )  # fmt: skip
     return change
 
 
-def _down(change, down_t, chunk_starts, chosen, out_cache, chunk: int, hopper: bool) -> torch.Tensor:
+def _down(change, down_t, chunk_starts, chosen, out_cache, chunk: int) -> torch.Tensor:
     """out_cache, with the change of the chosen neurons multiplied into it, rounded."""
     (rows, kept), chunks, (batch, tokens, out_features) = chosen.shape, chunk_starts.shape[0] - 1, out_cache.shape
     out = change.new_empty(batch, tokens, out_features)
-    if hopper:
-        blocks = -(-chunk // 128)
-        count = -(-out_features // 256) * rows * blocks
-        form, tiles = tuning.mlp_down_hopper(rows, change.device)
-        function = kernel("mlp_down_hopper", even=out_features % 256 == 0, wide=down_t.numel() >= 1 << 31, **form)
-        if attempt(
-            function, (min(multiprocessors(change.device), count),),
-            change, down_t, chunk_starts, chosen, out_cache, out,
-            count, chunks, rows, blocks, tokens, out_features, kept, **tiles,
-        ):  # fmt: skip
-            return out
     tiles = tuning.mlp_down(change.dtype, chunk, change.device)
     blocks = change.shape[2] // tiles["BM"]
     function = kernel("mlp_down", even=out_features % tiles["BO"] == 0, precision=precision(change.dtype))

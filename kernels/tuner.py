@@ -1,6 +1,6 @@
 """Measures tiles: for one class of shape on a new GPU, or for all, to write tuning.json.
 
-    python -m chipmunk_compile.kernels.tuner [--write] [--only mlp_up_hopper ...] [--budget SECONDS]
+    python -m chipmunk_compile.kernels.tuner [--write] [--only mlp_hopper ...] [--budget SECONDS]
 
 Each class is timed on inputs of its own making, a few milliseconds of work. A candidate that does not fit the GPU is
 passed over, and so is one whose result is not that of the portable kernel at its default tiles.
@@ -31,22 +31,9 @@ CANDIDATES: dict[str, dict[str, tuple]] = {
 }
 # Of the warp-specialised kernels: what differs from the default. Each was compiled for sm_90 and fits its shared
 # memory; docs/kernels.md says what each is for.
-SHARED = (
-    {},
-    {"early": True},
-    {"turns": False},
-    {"early": True, "turns": False},
-    {"early": True, "K_STAGES": 4, "V_STAGES": 2},
-    {"early": True, "turns": False, "BN": 64, "K_STAGES": 6, "V_STAGES": 6},
-)
-APART = ({}, {"early": True}, {"K_STAGES": 4, "V_STAGES": 2}, {"early": True, "BN": 32, "K_STAGES": 6, "V_STAGES": 6})
-MLP = (
-    {},
-    {"ahead": True},
-    {"ahead": True, "whole": True},
-    {"ahead": True, "whole": True, "GROUP": 16},
-    {"ahead": True, "GROUP": 64},
-)
+SHARED = ({}, {"turns": False}, {"turns": False, "BN": 64, "K_STAGES": 6, "V_STAGES": 6})
+APART = ({}, {"K_STAGES": 4, "V_STAGES": 2}, {"K_STAGES": 2, "V_STAGES": 4})
+MLP = ({}, *({"UP_GROUP": up, "DOWN_GROUP": down} for up, down in ((8, 8), (8, 16), (16, 32), (32, 16), (32, 32))))
 WORST = 2e-2  # relative distance of two bf16 results that are both right
 
 
@@ -159,10 +146,10 @@ def _attention(words: list[str], device: torch.device) -> Callable[[], torch.Ten
 
 
 def _mlp(words: list[str], device: torch.device) -> Callable[[], torch.Tensor]:
-    """A call whose time is that of mlp_up or mlp_down, and of setting the cache back."""
+    """A call whose time is that of mlp_up, mlp_down, or mlp_hopper, and of setting the caches back."""
     inputs, chunk = _number(words, "inputs", 1), _number(words, "chunk", 128)
-    tokens = 16384 if words[-1] == "many" else 4096
-    width, hidden, kept = (3072, 12288, 3712) if words[0].endswith("_hopper") else (2048, 8192, 2432)
+    tokens, hopper = 16384 if words[-1] == "many" else 4096, words[0] == "mlp_hopper"
+    width, hidden, kept = (3072, 12288, 3712) if hopper else (2048, 8192, 2432)
 
     def normal(*shape: int, dtype=torch.bfloat16) -> torch.Tensor:
         return torch.randn(*shape, dtype=dtype, device=device)
@@ -172,15 +159,14 @@ def _mlp(words: list[str], device: torch.device) -> Callable[[], torch.Tensor]:
     starts = starts.to(device)
     spread = torch.arange(kept, device=device) * (hidden // kept)
     chosen = (spread + torch.randint(hidden // kept, (rows, kept), device=device)).int()
-    hopper = words[0].endswith("_hopper")
-    if words[0].startswith("mlp_down"):
-        change, down_t = normal(rows, kept, -(-chunk // 64) * 64 if chunk > 64 else chunk), normal(hidden, width)
-        out_cache = normal(1, tokens, width, dtype=torch.float32)
-        before = out_cache.clone()
+    out_cache, down_t = normal(1, tokens, width, dtype=torch.float32), normal(hidden, width) * hidden**-0.5
+    out_before = out_cache.clone()
+    if words[0] == "mlp_down":
+        change = normal(rows, kept, -(-chunk // 64) * 64 if chunk > 64 else chunk)
 
         def down() -> torch.Tensor:
-            out_cache.copy_(before)
-            return cuda_mlp._down(change, down_t, starts, chosen, out_cache, chunk, hopper and launch._has_gluon())
+            out_cache.copy_(out_before)
+            return cuda_mlp._down(change, down_t, starts, chosen, out_cache, chunk)
 
         return down
     x, cache = normal(1, tokens, width), normal(1, hidden, tokens)
@@ -190,10 +176,15 @@ def _mlp(words: list[str], device: torch.device) -> Callable[[], torch.Tensor]:
 
     def up() -> torch.Tensor:
         cache.copy_(before)
-        runs_hopper = hopper and launch._has_gluon()
-        return cuda_mlp._up(x, weights, biases, starts, chosen, cache, region, chunk, runs_hopper)
+        return cuda_mlp._up(x, weights, biases, starts, chosen, cache, region, chunk)
 
-    return up
+    def both() -> torch.Tensor:
+        cache.copy_(before), out_cache.copy_(out_before)
+        site = (x, weights, biases, down_t, starts, chosen, cache, out_cache, region, chunk)
+        out = cuda_mlp._multiply_hopper(*site) if launch._has_gluon() else None
+        return cuda_mlp._multiply(*site) if out is None else out
+
+    return both if hopper else up
 
 
 def classes(device: torch.device, hopper: bool = True) -> list[tuple[str, dict]]:
@@ -205,9 +196,8 @@ def classes(device: torch.device, hopper: bool = True) -> list[tuple[str, dict]]
             for chunk, kept in itertools.product((128, 64), (768, 2304)):
                 tuning.attention_delta_hopper(128, chunk, kept, device)
             for rows in (32, 256):
-                tuning.mlp_up_hopper(1, rows, device)
-                tuning.mlp_up_hopper(2, rows, device)
-                tuning.mlp_down_hopper(rows, device)
+                tuning.mlp_hopper(1, rows, device)
+                tuning.mlp_hopper(2, rows, device)
         for head_dim, chunk in itertools.product((64, 128, 256), (64, 128)):
             tuning.attention_delta(bf16, head_dim, chunk, device)
         for head_dim in (64, 128):
@@ -222,8 +212,8 @@ def classes(device: torch.device, hopper: bool = True) -> list[tuple[str, dict]]
 def main() -> None:
     parser = argparse.ArgumentParser(description="Measure the tiles of all classes of shape on this GPU.")
     parser.add_argument("--write", action="store_true", help="into tuning.json, under this GPU's compute capability")
-    parser.add_argument("--only", nargs="+", metavar="KERNEL", help="or the start of a class: 'mlp_up_hopper inputs 1'")
-    parser.add_argument("--without", nargs="+", default=(), metavar="NAME", help="do not try: early, whole, BN, ...")
+    parser.add_argument("--only", nargs="+", metavar="KERNEL", help="or the start of a class: 'mlp_hopper inputs 1'")
+    parser.add_argument("--without", nargs="+", default=(), metavar="NAME", help="do not try others: turns, BN, ...")
     parser.add_argument("--budget", type=float, default=float("inf"), metavar="SECONDS", help="then start no class")
     options = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")

@@ -82,10 +82,10 @@ def mlp_down(dtype: torch.dtype, chunk: int, device: torch.device) -> dict:
     return _find(key, default, device)
 
 
-# --- the warp-specialised kernels: what is printed is tuned too ---
+# --- the warp-specialised kernels: of attention, what is printed is tuned too ---
 
 # Of a choice these are printed; the others are passed at launch.
-FACTS = {"shared", "turns", "early", "producer_warps", "consumer_registers", "producer_registers", "ahead", "whole"}
+FACTS = {"shared", "turns", "producer_warps", "consumer_registers", "producer_registers"}
 FEW_COLUMNS = 1024  # lists up to this long make tiles so short that their ends weigh
 FEW_CHUNKS = 64
 
@@ -95,21 +95,15 @@ def attention_delta_hopper(head_dim: int, chunk: int, kept: int, device: torch.d
     key = f"attention_delta_hopper head_dim {head_dim} chunk {_class(chunk)} columns {_few(kept, FEW_COLUMNS)}"
     if 64 < chunk <= 128:
         warps = dict(producer_warps=4, consumer_registers=200, producer_registers=56)
-        return _choose(key, dict(shared=True, turns=True, early=False, **warps, **_rings(128, 3, 3)), device)
+        return _choose(key, dict(shared=True, turns=True, **warps, **_rings(128, 3, 3)), device)
     warps = dict(producer_warps=2, consumer_registers=192, producer_registers=64)
-    return _choose(key, dict(shared=False, turns=False, early=False, **warps, **_rings(64, 3, 3)), device)
+    return _choose(key, dict(shared=False, turns=False, **warps, **_rings(64, 3, 3)), device)
 
 
-def mlp_up_hopper(inputs: int, rows: int, device: torch.device) -> tuple[dict, dict]:
-    """What to print, and the tiles: GROUP chunks side by side, STAGES buffers in the ring. rows: chunks in all."""
-    key = f"mlp_up_hopper inputs {inputs} chunks {_few(rows, FEW_CHUNKS)}"
-    return _choose(key, dict(ahead=False, whole=False, GROUP=32, STAGES=4, num_warps=4), device)
-
-
-def mlp_down_hopper(rows: int, device: torch.device) -> tuple[dict, dict]:
-    """As mlp_up_hopper."""
-    key = f"mlp_down_hopper chunks {_few(rows, FEW_CHUNKS)}"
-    return _choose(key, dict(ahead=False, whole=False, GROUP=32, STAGES=4, num_warps=4), device)
+def mlp_hopper(inputs: int, rows: int, device: torch.device) -> dict:
+    """UP_GROUP and DOWN_GROUP chunks side by side, STAGES buffers in the ring. rows: chunks in all."""
+    key = f"mlp_hopper inputs {inputs} chunks {_few(rows, FEW_CHUNKS)}"
+    return _find(key, dict(UP_GROUP=16, DOWN_GROUP=16, STAGES=4, num_warps=4), device)
 
 
 def _choose(key: str, default: dict, device: torch.device) -> tuple[dict, dict]:

@@ -118,7 +118,7 @@ class Form:
 
 def forms() -> list[Form]:
     attention = [("attention_delta_hopper", s, c) for s, t in ((True, tuner.SHARED), (False, tuner.APART)) for c in t]
-    mlp = [(name, None, change) for name in ("mlp_up_hopper", "mlp_down_hopper") for change in tuner.MLP]
+    mlp = [("mlp_hopper", None, change) for change in tuner.MLP]
     return [Form(template, shared, tuple(change.items())) for template, shared, change in (*attention, *mlp)]
 
 
@@ -131,8 +131,7 @@ def _classes() -> list[tuple[str, dict]]:
                 for chunk in (16, 32, 64, 128, 192):
                     tuning.attention_delta_hopper(head_dim, chunk, kept, device)
         for rows in (1, tuning.FEW_CHUNKS + 1):
-            tuning.mlp_up_hopper(1, rows, device), tuning.mlp_up_hopper(2, rows, device)
-            tuning.mlp_down_hopper(rows, device)
+            tuning.mlp_hopper(1, rows, device), tuning.mlp_hopper(2, rows, device)
     return found
 
 

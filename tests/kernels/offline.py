@@ -24,7 +24,7 @@ from chipmunk_compile.kernels import codegen, cuda_mlp, tuner, tuning
 
 CPU = torch.device("cpu")
 TARGET = GPUTarget("cuda", 90, 32)
-INT32 = ("chunk_starts", "columns", "counts", "redo")
+INT32 = ("chunk_starts", "columns", "counts", "redo", "ready")
 FLOATS = {"out_cache": "*fp32", "scale": "fp32"}
 REGIONS = {1: "gelu_tanh(h0)", 2: "mul(silu(h0), h1)"}
 
@@ -39,12 +39,10 @@ def forms() -> Iterator[tuple[str, dict, dict]]:
             facts, tiles = tuning.split(choice)
             if words[0] == "attention_delta_hopper":
                 yield words[0], {**facts, "head_dim": 128, "wide": False, "sign": "+"}, tiles
-            elif words[0] == "mlp_down_hopper":
-                yield words[0], {**facts, "even": True, "wide": False}, tiles
             else:
                 inputs = int(words[2])
                 region = cuda_mlp._facts(REGIONS[inputs], inputs, 2 - inputs)
-                yield words[0], {**facts, **region, "wide": False}, tiles
+                yield words[0], {**region, "even": True, "wide": False}, tiles
 
 
 def compile_one(template: str, facts: dict, tiles: dict) -> dict[str, int]:
@@ -62,7 +60,11 @@ def compile_one(template: str, facts: dict, tiles: dict) -> dict[str, int]:
             attributes[(i,)] = [["tt.divisibility", 16]]
     constexprs = {(function.arg_names.index(name),): value for name, value in constants.items()}
     source = GluonASTSource(function, signature, constexprs, attributes)
-    compiled = triton.compile(source, target=TARGET, options={"num_warps": tiles["num_warps"]})
+    compiled = triton.compile(
+        source,
+        target=TARGET,
+        options={"num_warps": tiles["num_warps"], "launch_cooperative_grid": template == "mlp_hopper"},
+    )
     return {"shared": compiled.metadata.shared, **_resources(compiled.asm["cubin"])}
 
 

@@ -18,7 +18,6 @@ from chipmunk_compile.kernels.expression import OPERATIONS
 
 ATTENTION = dict(sign="+", fixed=True, wide=False, head_dim=64, parts=codegen.parts(64), mask=None, precision="")
 CPU = torch.device("cpu")
-FORMS = [{"ahead": ahead, "whole": whole} for ahead in (False, True) for whole in (False, True)]
 HOPPER = dict(sign="-", wide=False, head_dim=128)
 ALL = {
     "attention_delta": [
@@ -29,21 +28,19 @@ ALL = {
     "attention_lse": [{k: v for k, v in ATTENTION.items() if k not in ("sign", "fixed")} | {"mask": "bool"}],
     "attention_select": [{}],
     "attention_delta_hopper": [
-        {**HOPPER, **tuning.attention_delta_hopper(128, chunk, 768, CPU)[0], "early": early}
-        for chunk, early in itertools.product((64, 128, 192), (False, True))
+        {**HOPPER, **tuning.attention_delta_hopper(128, chunk, 768, CPU)[0]} for chunk in (64, 128, 192)
     ],
     "mlp_up": [{**cuda_mlp._facts("mul(silu(h0), h1)", 2, n), "even": n > 0, "precision": ""} for n in (0, 2)],
     "mlp_down": [{"even": even, "precision": ""} for even in (True, False)],
     "mlp_scores": [cuda_mlp._facts("gelu(h0)", 1, 0)],
     "mlp_select": [{}],
     "mlp_samples": [{}],
-    "mlp_up_hopper": [
-        {**cuda_mlp._facts(region, n, biases), "wide": False, **form}
+    "mlp_hopper": [
+        {**cuda_mlp._facts(region, n, biases), "wide": biases > 0, "even": even}
         for region, n in (("gelu_tanh(h0)", 1), ("mul(silu(h0), h1)", 2))
         for biases in (0, n)
-        for form in FORMS
+        for even in (True, False)
     ],
-    "mlp_down_hopper": [{"even": even, "wide": True, **form} for even in (True, False) for form in FORMS],
     "gather_tokens": [{"count": n} for n in (1, 3)],
 }
 
@@ -121,7 +118,7 @@ def test_a_folder_that_cannot_be_written_is_no_error(monkeypatch):
     assert path.read_text() == "# nothing\n" and "/proc/" not in str(path)
 
 
-@pytest.mark.parametrize("template", ["attention_delta", "attention_delta_hopper", "mlp_up_hopper"])
+@pytest.mark.parametrize("template", ["attention_delta", "attention_delta_hopper", "mlp_hopper"])
 def test_a_printed_kernel_imports_alone(folder, template):
     pytest.importorskip("triton")
     codegen.kernel(template, **ALL[template][-1])
@@ -155,7 +152,7 @@ def test_every_operation_of_a_region_exists_where_it_is_printed():
             assert hasattr(triton.language, name) and hasattr(gluon, name), name
 
 
-@pytest.mark.parametrize("template", ["mlp_up", "mlp_up_hopper", "mlp_scores"])
+@pytest.mark.parametrize("template", ["mlp_up", "mlp_hopper", "mlp_scores"])
 def test_a_sigmoid_is_defined_where_it_is_used(template):
     facts = ALL[template][0]
     for region, used in (("silu(h0)", True), ("gelu_tanh(h0)", True), ("tanh(h0)", True), ("relu(h0)", False)):

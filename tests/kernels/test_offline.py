@@ -32,21 +32,20 @@ def compiled(folder: Path, *names: str) -> list[dict]:
 
 
 def check(result: dict) -> None:
-    threads = 384 if result.get("whole") else 512
     assert result["shared"] <= SHARED_MEMORY, result
-    assert result["registers"] * threads <= 65536, result
+    assert result["registers"] * 512 <= 65536, result
     assert result["stack"] <= STACK, result
 
 
 def test_a_kernel_compiles_for_hopper(tmp_path):
-    (result,) = compiled(tmp_path, "mlp_down_hopper")
+    (result,) = compiled(tmp_path, "mlp_hopper")
     check(result)
 
 
 @pytest.mark.slow
 def test_every_form_compiles_for_hopper(tmp_path):
     results = compiled(tmp_path)
-    assert {r["template"] for r in results} == {"attention_delta_hopper", "mlp_up_hopper", "mlp_down_hopper"}
+    assert {r["template"] for r in results} == {"attention_delta_hopper", "mlp_hopper"}
     assert len(results) > 15
     for result in results:
         check(result)

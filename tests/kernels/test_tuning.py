@@ -124,9 +124,9 @@ KEY = "attention_delta_hopper head_dim 128 chunk 128 columns few"
 
 def test_the_fastest_right_form_is_chosen(timed):
     default = dict(tuner.classes(CPU))[KEY]
-    timed[frozenset({("early", True)})] = "WRONG by 1.0e+00"
+    shorter = {"turns": False, "BN": 64, "K_STAGES": 6, "V_STAGES": 6}
+    timed[frozenset(shorter.items())] = "WRONG by 1.0e+00"
     timed[frozenset({("turns", False)})] = 1.0
-    timed[frozenset({("early", True), ("turns", False)})] = 2.0
     assert tuner.measure(KEY, default, CPU) == {KEY: {**default, "turns": False}}
     assert tuner.measure(KEY, default, CPU, without=("turns",)) == {KEY: default}
 
@@ -144,9 +144,9 @@ def test_measured_tiles_are_committed_a_class_to_a_line(tmp_path, monkeypatch):
     tuning.COMMITTED.write_text(before)
     tuning.commit((9, 0), {})
     assert tuning.COMMITTED.read_text() == before
-    tuning.commit((9, 0), {KEY: {"BN": 64, "early": True}})
+    tuning.commit((9, 0), {KEY: {"BN": 64, "turns": True}})
     tuning.commit((8, 6), {"mlp_down 16-bit chunk 64": {"BO": 64}})
     table = json.loads(tuning.COMMITTED.read_text())
-    assert table["9.0"][KEY] == {"BN": 64, "early": True} and len(table["9.0"]) == len(json.loads(before)["9.0"]) + 1
+    assert table["9.0"][KEY] == {"BN": 64, "turns": True} and set(table["9.0"]) == {KEY, *json.loads(before)["9.0"]}
     assert list(table) == ["8.6", "9.0"]
-    assert f'  "{KEY}": {{"BN": 64, "early": true}}' in tuning.COMMITTED.read_text()
+    assert f'  "{KEY}": {{"BN": 64, "turns": true}}' in tuning.COMMITTED.read_text()
