@@ -7,7 +7,7 @@ import json
 import os
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,24 +36,28 @@ class Case:
 
     def run(self) -> dict[str, Any]:
         row = {name: getattr(self, name) for name in KEY if getattr(self, name)}
-        return {**row, **{name: _rounded(value) for name, value in self.measure().items()}}
+        return {**row, **{name: rounded(value) for name, value in self.measure().items()}}
 
 
 class Results:
     """The JSON file of one device. Rows measured with the kernels as they are now are not measured again.
 
-    head: of `provenance`; its "sources" say which kernels these are.
+    head: of `provenance`; its "sources" say which kernels these are. key: the columns that name a row.
     """
 
-    def __init__(self, path: Path, head: dict[str, Any], again: bool = False) -> None:
-        self.path, self.head = path, head
+    def __init__(self, path: Path, head: dict[str, Any], again: bool = False, key: Sequence[str] = KEY) -> None:
+        self.path, self.head, self._names = path, head, key
         before = json.loads(path.read_text())["rows"] if path.is_file() else []
         self.rows = {self._key(row): row for row in before}
         self._again = again
 
     def has(self, case: Case) -> bool:
-        row = self.rows.get(case.key)
-        return row is not None and not self._again and row["sources"] == self.head["sources"]
+        return self.find(case.key) is not None
+
+    def find(self, key: tuple) -> dict[str, Any] | None:
+        """The row of that key, unless it is to be measured again or was measured with other sources."""
+        row = self.rows.get(key)
+        return row if row is not None and not self._again and row["sources"] == self.head["sources"] else None
 
     def add(self, row: dict[str, Any]) -> None:
         """Written at once: a run that is cut off has lost nothing."""
@@ -66,17 +70,17 @@ class Results:
     def whole(self) -> dict[str, Any]:
         return {**self.head, "rows": list(self.rows.values())}
 
-    @staticmethod
-    def _key(row: dict[str, Any]) -> tuple:
-        return tuple(row.get(name, 0 if name == "chunk" else "") for name in KEY)
+    def _key(self, row: dict[str, Any]) -> tuple:
+        return tuple(row.get(name, 0 if name == "chunk" else "") for name in self._names)
 
 
-def default_path() -> Path:
+def default_path(what: str = "kernels") -> Path:
     RESULTS.mkdir(exist_ok=True)
-    return RESULTS / f"kernels-{'-'.join(torch.cuda.get_device_name().lower().split())}.json"
+    return RESULTS / f"{what}-{'-'.join(torch.cuda.get_device_name().lower().split())}.json"
 
 
-def provenance() -> dict[str, Any]:
+def provenance(*folders: str) -> dict[str, Any]:
+    """What was measured and on what. folders: of the sources whose change makes rows those of another program."""
     import triton
 
     git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True)
@@ -88,23 +92,23 @@ def provenance() -> dict[str, Any]:
         "triton": triton.__version__,
         "cudnn": torch.backends.cudnn.version(),
         "commit": git.stdout.strip(),
-        "sources": _digest(),
+        "sources": digest(*folders or ("kernels",)),
         "date": time.strftime("%Y-%m-%d"),
     }
 
 
-def _digest() -> str:
-    """Of all that makes the kernels: rows of other kernels are no longer theirs."""
-    digest = hashlib.sha256()
-    for path in sorted((ROOT / "kernels").rglob("*")):
+def digest(*folders: str) -> str:
+    """Of all that makes the programs: rows of others are no longer theirs."""
+    hashed = hashlib.sha256()
+    for path in sorted(path for folder in folders for path in (ROOT / folder).rglob("*")):
         if path.suffix in (".py", ".jinja", ".json") and path.is_file():
-            digest.update(path.read_bytes())
-    return digest.hexdigest()[:12]
+            hashed.update(path.read_bytes())
+    return hashed.hexdigest()[:12]
 
 
-def _rounded(value):
+def rounded(value):
     if isinstance(value, dict):
-        return {k: _rounded(v) for k, v in value.items()}
+        return {k: rounded(v) for k, v in value.items()}
     return float(f"{value:.4g}") if isinstance(value, float) else value
 
 

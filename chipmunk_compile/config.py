@@ -43,8 +43,8 @@ class ScheduleOptions:
     refresh_every: int = 5
     """A refresh at every such step, counted from the first one of the generation."""
     refresh_at: tuple[int, ...] | None = None
-    """Steps of the generation, from 0, that are refreshes instead of every so many: (10, 40). One that would be forecast
-    is refreshed at the next computed step. The warm-up is refreshed in any case."""
+    """Steps of a generation, from 0, that are refreshes instead of every so many: (10, 40). Where one is forecast, the
+    next computed step is the refresh. The warm-up is refreshed in any case."""
     warmup: int = 2
     """This many first steps are refreshes: the picture is decided there."""
     compute_every: int = 1

@@ -122,7 +122,8 @@ class Root:
         return forward.tick, occurrence
 
     def end_call(self, layers: int) -> None:
-        """After the call of a graph that holds `layers` layers. After the last call of a forward (known from the forward before), the clock may end the generation."""
+        """After the call of a graph that holds `layers` layers. After the last one of a forward (known from the forward
+        before), the clock may end the generation."""
         forward = self.forward
         if forward is not None:
             forward.calls += 1

@@ -174,10 +174,9 @@ class Report:
             how = f", {options.sparsity:.1%} sparse, chunks of {options.chunk} tokens" if taken else ""
             lines.append(f"{kind:<10} {taken} of {len(sites)} accelerated{how}")
         schedule = self.config.schedule
-        lines.append(
-            f"schedule   refresh at the first {schedule.warmup} steps and every {schedule.refresh_every}th; "
-            "delta between"
-        )
+        listed = ", ".join(map(str, schedule.refresh_at or ())) or "no other"
+        further = f"every {schedule.refresh_every}th" if schedule.refresh_at is None else f"at {listed}"
+        lines.append(f"schedule   refresh at the first {schedule.warmup} steps and {further}; delta between")
         lines.append(f"work       a delta step does {self.delta_share:.0%} of a dense step's matrix work (predicted)")
         lines.append(f"state      {_bytes(self.state_bytes)} per stream")
         lines.append(f"order      {self.permutation}")
