@@ -26,7 +26,7 @@ import torch
 
 from benchmarks import models_report as report
 from benchmarks.kernels_report import Results, default_path, provenance
-from benchmarks.models_run import Depth, exactness, log
+from benchmarks.models_run import Depth, exactness, free, log
 from benchmarks.models_timing import dense_attention_ms
 from benchmarks.models_zoo import SUBJECTS, Subject, tiny
 
@@ -62,19 +62,18 @@ class Bench:
             settings = {name: {**options, "dense_layers": 0} for name, options in settings.items()}
         rows = {name: self._row(subject, name, options) for name, options in settings.items()}
         missing = [name for name in rows if name in self.options.parts and "loop_speedup" not in rows[name]]
-        if not missing and ("exact" not in self.options.parts or all("error" in row for row in rows.values())):
-            log.info("%s is there already", subject.name)
-            return
         common = {key: value for row in rows.values() for key, value in row.items() if key in report.COMMON}
-        # A mask keeps some backends away: then torch chooses, as it would for diffusers.
-        masked = subject.family == "hunyuan" and subject.masked
-        common["sdpa_ms"] = {} if masked else dense_attention_ms(subject, self.device, self.dtype)
-        common["sdpa"] = min(common["sdpa_ms"], key=common["sdpa_ms"].get, default=None)
-        depths = [subject] if subject.whole or subject.half.built == subject.built else [subject.half, subject]
-        found: dict[str, list[dict]] = {name: [] for name in rows}
-        for at in depths:
-            self._depth(subject, at, settings, missing, rows, common, found, last=at is depths[-1])
-        if self.wants("exact"):
+        if "sdpa" not in common:
+            # A mask keeps some backends away: then torch chooses, as it would for diffusers.
+            masked = subject.family == "hunyuan" and subject.masked
+            common["sdpa_ms"] = {} if masked else dense_attention_ms(subject, self.device, self.dtype)
+            common["sdpa"] = min(common["sdpa_ms"], key=common["sdpa_ms"].get, default=None)
+        if missing or ("dense" in self.options.parts and "dense_ms" not in common):
+            depths = [subject] if subject.whole or subject.half.built == subject.built else [subject.half, subject]
+            found: dict[str, list[dict]] = {name: [] for name in rows}
+            for at in depths:
+                self._depth(subject, at, settings, missing, rows, common, found, last=at is depths[-1])
+        if not all("at_sparsity_0" in row.get("error", {}) for row in rows.values()) and self.wants("exact"):
             error = exactness(subject, settings["table"], common["sdpa"], self.device, self.dtype)
             for row in rows.values():
                 row["error"] = {**row.get("error", {}), **error}
@@ -84,11 +83,14 @@ class Bench:
         """Measures one depth; the last one completes the rows."""
         with Depth(at, common["sdpa"], self.device, self.dtype, self.options.mode) as depth:
             dense: dict = {}
-            if self.wants("dense") and not (last and subject.whole and "dense_ms" in common):
+            if not (subject.whole and "dense_ms" in common) and self.wants("dense"):
                 dense = depth.dense(brief=not last)
                 log.info("%s", report.line(dense))
             if last:
                 common |= dense
+                for row in rows.values():  # at once: what comes next may be cut off
+                    row |= common
+                    self.results.add(report.rounded(row))
             for name in missing:
                 if name == "forecast" and found["table"] and not last:
                     continue  # what a layer costs is known; a forecast runs none
@@ -97,21 +99,25 @@ class Bench:
                 try:
                     ours = depth.ours(settings[name], brief=not last)
                 except Exception as failure:  # a row that fails must not cost the others
-                    log.exception("FAILED %s %s", subject.name, name)
-                    rows[name]["failure"], self.failed = f"{type(failure).__name__}: {failure}"[:500], True
-                    ours = {}
+                    self.fail(subject, failure)
+                    rows[name]["failure"] = f"{type(failure).__name__}: {failure}"[:500]
+                    self._write(rows[name])
+                    free(self.device)
+                    continue
                 if name == "forecast" and found["table"]:  # the same programs: compiled a moment ago
                     ours["warm_start_s"] = ours.pop("cold_start_s", None)
                     ours["cold_start_s"] = rows["table"].get("cold_start_s")
                 found[name].append({**dense, **ours, "depth": sum(at.built)})
                 if last:
-                    figures = {**common, **ours}
+                    rows[name].pop("failure", None)
+                    rows[name] |= ours
                     measured = found[name] if len(found[name]) > 1 or name == "table" else found["table"]
-                    rows[name] |= figures | report.loop(settings[name], subject, measured, figures)
+                    rows[name] |= report.loop(settings[name], subject, measured, rows[name])
                     self._write(rows[name])
-            if last and not missing:
-                for row in rows.values():
-                    row |= common
+
+    def fail(self, subject: Subject, failure: Exception) -> None:
+        log.error("FAILED %s", subject.name, exc_info=failure)
+        self.failed = True
 
     def _row(self, subject: Subject, setting: str, options: dict) -> dict:
         """What is known of a row before it is measured, or what was measured of it before."""
@@ -166,7 +172,11 @@ def main() -> int:
         for name in options.only:
             subject = tiny(SUBJECTS[name]) if options.tiny else SUBJECTS[name]
             log.info("== %s: %d tokens, %s layers", name, subject.tokens, report.layers(subject))
-            bench.measure(subject.with_layers(options.layers) if options.layers else subject)
+            try:
+                bench.measure(subject.with_layers(options.layers) if options.layers else subject)
+            except Exception as failure:  # nor may a model that fails
+                bench.fail(subject, failure)
+                free(bench.device)
     log.info("wrote %s", path)
     return 1 if bench.failed else 0
 

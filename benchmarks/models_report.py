@@ -16,6 +16,7 @@ KEY = ("model", "shape", "layers", "setting", "extra")
 SETTINGS: dict[str, dict[str, Any]] = {"table": {}, "forecast": {"schedule.compute_every": 2}}
 # Columns of the dense model, the same in all rows of a model and size.
 COMMON = (
+    "sdpa", "sdpa_ms",
     "dense_ms", "dense_peak_bytes", "caches", "dense_cold_start_s", "dense_host_ms", "dense_until_first_launch_ms",
     "dense_parts_ms", "dense_loop_s",
 )  # fmt: skip

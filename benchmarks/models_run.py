@@ -14,6 +14,7 @@ import torch
 import chipmunk_compile
 from benchmarks import models_timing as timing
 from benchmarks.models_zoo import STEPS, Loop, Subject, build, small
+from chipmunk_compile.backend import chipmunk  # the string names the same, where the package is installed
 
 log = logging.getLogger("models")
 ENOUGH_S = 8.0  # of timed steps of one kind
@@ -75,7 +76,7 @@ class Depth:
         """Columns of the model that our backend compiled. brief: milliseconds alone."""
         steps = STEPS_FORECAST if options.get("schedule.compute_every", 1) > 1 else STEPS_PLAIN
         log.info("ours: %s", options)
-        compiled = torch.compile(self.model, backend="chipmunk", dynamic=False, options=options)
+        compiled = torch.compile(self.model, backend=chipmunk, dynamic=False, options=options)
         first, ready_s = self._first_generation(compiled, steps)
         self._reset_peak()
         timed = self._generations(compiled, steps, _enough(1e3 * ready_s * steps))
@@ -197,7 +198,7 @@ def exactness(subject: Subject, options: dict, sdpa: str | None, device, dtype) 
     plain = {name: value for name, value in plain.items() if not name.startswith("schedule.")}
     with Depth(subject, sdpa, device, dtype, None) as depth:
         depth._dense = torch.compile(depth.model, dynamic=False)
-        compiled = torch.compile(depth.model, backend="chipmunk", dynamic=False, options={**plain, **every, **kept})
+        compiled = torch.compile(depth.model, backend=chipmunk, dynamic=False, options={**plain, **every, **kept})
         loop = Loop(subject, device, dtype, seed=60)
         for k in range(4):
             _, program, _, output = timing.run_step(compiled, loop.step(k), device)
