@@ -67,12 +67,13 @@ class Stream:
 @dataclass(frozen=True)
 class Tick:
     """One forward of a model. `fresh`: state must be recomputed, whatever the schedule says. `time`: by the timestep,
-    or by the step where that is not read."""
+    or by the step where that is not read. `repeats`: all that the clock sees is as it was in the call before."""
 
     stream: Stream
     step: int
     fresh: bool
     time: float
+    repeats: bool = False
 
 
 class Clock:
@@ -141,12 +142,14 @@ class InferredClock(Clock):
         evidence.time, prints = read(unknown)
         evidence.prints.update(prints)
 
+        repeats = bool(self._memory) and _is_same_call(self._memory[-1], evidence)
         learned = self._learn(evidence)
         self.live = [s for s in self.live if not s.dead]
         stream = self._match(evidence)
         if stream is not None and self._is_sibling(stream, evidence):
             stream = None
         fresh = True
+        repeats |= stream is not None and stream.last is not None and _is_same_call(stream.last, evidence)
         if stream is None or not self._continues(stream, evidence):
             stream = self._begin(stream, evidence)
         else:
@@ -163,7 +166,7 @@ class InferredClock(Clock):
         stream.last = evidence
         self._memory.append(evidence)
         self.live.sort(key=lambda s: s is stream)  # the one called last comes last
-        self.now = Tick(stream, stream.step, fresh, evidence.time)
+        self.now = Tick(stream, stream.step, fresh, evidence.time, repeats)
         return self.now
 
     def finish(self) -> None:
@@ -264,3 +267,7 @@ class InferredClock(Clock):
                         stream.release()
 
         return died
+
+
+def _is_same_call(before: Evidence, now: Evidence) -> bool:
+    return before.time == now.time and all(now.same(before, p) for p in range(len(now)))

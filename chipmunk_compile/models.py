@@ -36,6 +36,7 @@ class Forward:
     tick: Tick
     clock: Clock
     epoch: int
+    blind: bool = False  # the tick may be another stream's
     calls: int = 0  # of graphs with sites, until now
     layers: int = 0  # that those held
     occurrences: Counter = field(default_factory=Counter)  # by owner
@@ -58,6 +59,7 @@ class Root:
         self.block_clock: Clock | None = None
         self.hooked = False  # the block begins forwards itself
         self.wanted = False  # a graph with sites found no clock
+        self._warned = False
         self._counted: CountedClock | None = None
         self._leader: frozenset[int] | None = None
         # Parameters of graphs that ran before the clock first ticked: a tick they see is that of the forward before.
@@ -97,16 +99,27 @@ class Root:
         self.hooked, self._early = False, frozenset()
         self._epoch += 1
 
-    def begin_forward(self, clock: Clock, inputs: Inputs, read: Reader) -> None:
-        self._last = self.forward
-        self._running.forward = Forward(clock.tick(inputs, read), clock, self._epoch)
+    def begin_forward(self, clock: Clock, inputs: Inputs, read: Reader, owner: Owner | None = None) -> None:
+        """owner: of the graph whose inputs these are; None where they are the model's own."""
+        before = self._last = self.forward
+        tick = clock.tick(inputs, read)
+        forward = self._running.forward = Forward(tick, clock, self._epoch)
+        # Two calls alike, one graph of several sees: guidance whose prompts go to other graphs, maybe. Until a call
+        # follows that is not repeated, nothing tells its stream.
+        if before is not None and owner is not None and set(before.occurrences) - {owner.key}:
+            forward.blind = tick.repeats or (before.tick.repeats and before.blind)
+        if forward.blind:
+            tick.stream.states.clear()
+            if not self._warned:
+                self._warned = True
+                log.warning("%s: the graph that receives the timestep cannot tell calls apart", Reason.NO_CLOCK.value)
 
     def tick(self, owner: Owner, inputs: Inputs, read: Reader) -> tuple[Tick, int] | None:
         """Where a call of `owner` belongs, and how often it was called in this forward before; None where nothing
         tells. The call that begins a forward ticks the clock."""
         clock = self._clock_of(owner)
         if clock is not None:
-            self.begin_forward(clock, inputs, read)
+            self.begin_forward(clock, inputs, read, owner)
         forward = self.forward
         if forward is None and not self.hooked:
             self._early |= owner.key
@@ -119,6 +132,9 @@ class Root:
             self._leader, self._epoch = None, self._epoch + 1
             return None
         forward.occurrences[owner.key] += 1
+        if forward.blind:
+            self.wanted = True
+            return None
         return forward.tick, occurrence
 
     def end_call(self, layers: int) -> None:

@@ -243,8 +243,9 @@ def _with_timesteps(inputs: Inputs, canonical: fx.GraphModule, example_inputs: S
     timesteps = find_timesteps(canonical, set(inputs.user))
     user = [i for i in inputs.user if i not in timesteps]
     latents = [p for p, i in enumerate(user) if _has_shape_of_an_output(canonical, example_inputs[i])]
-    # A graph that ends at a graph break returns text too: then nothing is known.
-    return Inputs(inputs.parameters, tuple(user), tuple(timesteps), frozenset(latents if len(latents) == 1 else ()))
+    # A graph that ends at a graph break returns more, the text too: then nothing is known.
+    alone = len(latents) == len(next(iter(reversed(canonical.graph.nodes))).all_input_nodes) == 1
+    return Inputs(inputs.parameters, tuple(user), tuple(timesteps), frozenset(latents if alone else ()))
 
 
 def _is_held_by_module(node: fx.Node) -> bool:

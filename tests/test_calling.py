@@ -3,6 +3,7 @@
 At a sparsity that keeps too little, state of another stream, generation or model would show.
 """
 
+import logging
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
@@ -10,7 +11,8 @@ import pytest
 import torch
 
 import chipmunk_compile
-from tests.toy_dit import CHANNELS, TEXT, TOKENS, Loop, compile_toy, toy, worst
+from chipmunk_compile import Reason
+from tests.toy_dit import CHANNELS, TEXT, TOKENS, Loop, ToyDiT, compile_toy, toy, worst
 
 pytestmark = pytest.mark.usefixtures("uncompiled")
 
@@ -39,6 +41,38 @@ def check(mine, expected, tolerance=1e-6):
     assert len(mine) == len(expected)
     for a, b in zip(mine, expected):
         assert worst(a, b) < tolerance
+
+
+class TimeApart(ToyDiT):
+    """Its first graph receives the timestep and what `sees` names: the latents, the prompt, or nothing more."""
+
+    def __init__(self, sees: str) -> None:
+        super().__init__()
+        self.sees = sees
+
+    def forward(self, x, t, prompt):
+        angles = 1000 * t[:, None] * torch.exp(-torch.arange(self.dim // 2) * 0.3)
+        c = self.time(torch.cat([angles.sin(), angles.cos()], -1))
+        h = self.blocks[0](self.into(x), c) if self.sees == "latents" else None
+        text = self.text(prompt) if self.sees == "prompt" else None
+        torch._dynamo.graph_break()
+        h = self.into(x) if h is None else h
+        h = torch.cat([self.text(prompt) if text is None else text, h], 1)
+        for block in self.blocks[1:]:
+            h = block(h, c)
+        return self.final(h[:, prompt.shape[1] :])
+
+
+def time_apart(sees):
+    torch.manual_seed(0)
+    return TimeApart(sees).eval().requires_grad_(False)
+
+
+def guided_loops(steps):
+    """The same latents with a prompt, and with another."""
+    first, second = Loop(seed=1, steps=steps), Loop(seed=2, steps=steps)
+    second.latents, second.noise = first.latents, first.noise
+    return first, second
 
 
 def fractions():
@@ -217,3 +251,38 @@ def test_latents_of_another_size_are_another_graph():
     for one in (loop, larger, loop):
         assert worst(together(model, one)[0], together(dense, one)[0]) < 0.5
     assert fractions() >= 0.5
+
+
+@pytest.mark.parametrize("sees", ["nothing", "latents"])
+@pytest.mark.parametrize("guided", [range(0), range(12), range(6, 12), range(3, 6)])
+def test_guidance_that_the_graph_with_the_timestep_does_not_see(sees, guided, caplog):
+    """Prompts that go to a later graph name no stream: a step with two calls is dense, and so is the one behind it."""
+    dense = time_apart(sees)
+    model, _ = compile_toy(dense, **SPARSE)
+    delta_steps = []
+    with torch.no_grad(), caplog.at_level(logging.WARNING, "chipmunk_compile"):
+        for step, pair in enumerate(zip(*guided_loops(steps=12))):
+            before = chipmunk_compile.counters()["delta"]
+            errors = [worst([model(*one)], [dense(*one)]) for one in pair[: 2 if step in guided else 1]]
+            if step in guided or step - 1 in guided:
+                assert max(errors[1:], default=0.0) < 1e-5 and (step == guided[0] or errors[0] < 1e-5)
+            delta_steps += [step] if chipmunk_compile.counters()["delta"] > before else []
+    alone = [2, 3, 4, 6, 7, 8, 9, 11]
+    assert [step for step in delta_steps if step < guided.start] == [step for step in alone if step < guided.start]
+    assert not set(delta_steps) & {*guided[1:], guided.stop}
+    assert any(step >= 9 for step in delta_steps) == (guided.stop < 12)
+    assert any(Reason.NO_CLOCK.value in record.getMessage() for record in caplog.records) == (len(guided) > 0)
+
+
+def test_a_prompt_is_not_mistaken_for_latents():
+    """A graph that ends at a graph break returns the text, too: with the shape of the prompt that it got."""
+    loops, outputs = guided_loops(steps=8), []
+    for calls in ([loops[0]], [loops[1]], loops):
+        torch._dynamo.reset()
+        model, _ = compile_toy(time_apart("prompt"), **SPARSE, **{"schedule.warmup": 1})
+        outputs += together(model, *calls)
+    check(outputs[2:3], outputs[:1])
+    # The second learns at a step of the first which inputs recur: its own second step need not be a refresh any more.
+    errors = [worst(outputs[i], loops[1].run(time_apart("prompt"))) for i in (1, 3)]
+    assert errors[1] < 1.5 * errors[0]
+    assert fractions() >= 0.2 and chipmunk_compile.counters()["streams"] == 4
