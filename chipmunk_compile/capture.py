@@ -36,12 +36,16 @@ class Capture:
     attention_calls: int  # of the model run as it is
     attention_seen: int  # in captured graphs
     breaks: tuple[GraphBreak, ...]
+    wrapped: int = 0  # layers with a forward of their own, where nothing is accelerated
 
     def lines(self) -> list[str]:
         """Nothing where all was captured."""
         if self.attention_seen >= self.attention_calls and not self.breaks:
             return []
         lines = [f"Dynamo captured {self.attention_seen} of {self.attention_calls} attention calls"]
+        if self.wrapped:
+            lines.append(f"hooks wrap {self.wrapped} single layers (offloading and casting do that): graphs end there")
+            lines.append("  -> offload or cast whole models, or whole blocks")
         for broken in self.breaks:
             lines.append(f"graph break: {broken.what}")
             lines += [f"  -> {broken.hint}"] if broken.hint else []
@@ -63,6 +67,14 @@ def count_attention(call: Callable[[], object]) -> int:
     return counting.calls
 
 
+def wrapped_layers(model: torch.nn.Module) -> int:
+    """How many layers (modules with weights and without modules) have a forward of their own, from a hook."""
+    layers = (
+        m for m in model.modules() if next(m.parameters(), None) is not None and not any(True for _ in m.children())
+    )
+    return sum("forward" in vars(layer) for layer in layers)
+
+
 def attention_nodes(gm: fx.GraphModule) -> int:
     """How many attentions a graph of Dynamo's computes."""
     return sum(node.op == "call_function" and node.target in ATTENTION for node in gm.graph.nodes)
@@ -81,4 +93,4 @@ def describe(breaks: Counter[str]) -> tuple[GraphBreak, ...]:
     for text in breaks:
         hint = re.search(r"^\s*Hint: (.+)$", text, re.MULTILINE)
         found.append(GraphBreak(text.splitlines()[0], hint.group(1) if hint else ""))
-    return tuple(found)
+    return tuple(dict.fromkeys(found))

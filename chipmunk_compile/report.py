@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from .capture import Capture, attention_nodes, count_attention, describe, graph_breaks
+from .capture import Capture, attention_nodes, count_attention, describe, graph_breaks, wrapped_layers
 from .config import Config
 from .passes.lower import Treatment, kept_state, lift_state
 from .passes.permute_tokens import Gather, PermutationPlan
@@ -33,6 +33,8 @@ ADVICE = {
     Reason.TRAINING: "call the model under torch.no_grad()",
     Reason.DISABLED_BY_OPTION: "give the option a number",
     Reason.NO_KERNELS: "an NVIDIA GPU of compute capability 8.0 or up, and Triton, are needed",
+    Reason.UNFUSED_ADAPTER: "pipe.fuse_lora(), and pipe.unfuse_lora() to take it out again",
+    Reason.WEIGHT_NOT_INPUT: "quantise all but the MLPs, where memory allows",
     Reason.MIXED_DTYPE: "load the whole model in one dtype",
     Reason.UNSUPPORTED_DTYPE: "load the model in bfloat16, float16 or float32",
     Reason.TOO_MANY_SIZES: "pad texts to one length, or compile the model once per resolution",
@@ -248,7 +250,8 @@ def explain(
     with torch.no_grad():
         torch.compile(call, backend=collect, dynamic=False)(model.forward, args, kwargs)
         breaks = describe(graph_breaks() - before)
-        capture = Capture(count_attention(lambda: model.forward(*args, **kwargs)), sum(seen), breaks)
+        calls = count_attention(lambda: model.forward(*args, **kwargs))
+    capture = Capture(calls, sum(seen), breaks, 0 if any(plan for _, plan in found) else wrapped_layers(model))
     sites = [site for analysis, plan in found for site in _sites(analysis, plan)]
     lifted = [tensor for _, p in found if p for tensor in (*lift_state(p.treatments), *kept_state(p.canonical))]
     state = sum(tensor.bytes for tensor in lifted)
