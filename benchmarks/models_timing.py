@@ -193,7 +193,7 @@ def part_of(kernel: str, around: list[dict], hidden: tuple[int, ...]) -> str:
         choosing = ("attention_scores", "attention_select", "attention_lse")
         return "selection" if name.startswith(choosing) else "attention"
     if any("chipmunk::mlp" in op for op in ops):
-        return "mlp" if name.startswith(("mlp_up", "mlp_down")) else "selection"
+        return "mlp" if name.startswith(("mlp_hopper", "mlp_up", "mlp_down")) else "selection"
     if name.startswith("gather_tokens") or "index_select" in name or "_index_" in name or name.startswith("index"):
         return "permutation"
     if any("attention" in op for op in ops) or any(word in name for word in ("fmha", "flash", "sdpa", "attention")):

@@ -127,6 +127,9 @@ class InferredClock(Clock):
         self._suspended: list[Stream] = []
         self._spare: list[dict] = []
         self._first_time = math.nan
+        self._length = 0  # of the generation before, in steps
+        # Of the call that is being read: its stream and step, if the generation goes on.
+        self.expected: tuple[Stream, int] | None = None
 
     def tick(self, inputs: Inputs, read: Reader) -> Tick:
         """Where the forward that begins now belongs.
@@ -139,7 +142,9 @@ class InferredClock(Clock):
         for past in self._memory:
             evidence.prints.update({p: v for p, v in past.prints.items() if evidence.same_object(past, p)})
         unknown = [p for p in range(len(inputs)) if p not in evidence.prints]
+        self.expected = self._expect(evidence)
         evidence.time, prints = read(unknown)
+        self.expected = None
         evidence.prints.update(prints)
 
         repeats = bool(self._memory) and _is_same_call(self._memory[-1], evidence)
@@ -177,6 +182,15 @@ class InferredClock(Clock):
         self._spare.clear()
         self._suspended.clear()
         self._memory.clear()
+
+    def _expect(self, evidence: Evidence) -> tuple[Stream, int] | None:
+        """What the call is if nothing but objects is looked at: the next step of the one stream they name."""
+        named = [s for s in self.live if not s.dead and all(evidence.same_object(s.last, p) for p in self.conditioning)]
+        if len(named) != 1 or not self.conditioning:
+            return None
+        (stream,) = named
+        regular = stream.step > 0 and stream.stride and stream.step + 1 != self._length
+        return (stream, stream.step + 1) if regular else None
 
     def _learn(self, evidence: Evidence) -> bool:
         """Whether an input proved to be conditioning just now: it recurs at another time."""
@@ -237,6 +251,7 @@ class InferredClock(Clock):
     def _begin(self, restarted: Stream | None, evidence: Evidence) -> Stream:
         """A new stream: of a new generation, or a partner in the one whose first step is being made."""
         if restarted is not None:
+            self._length = restarted.step + 1
             self._retire(restarted)
         partners = [s for s in self.live if s.generation == self.generation]
         first_step = bool(partners) and all(s.step == 0 for s in partners)

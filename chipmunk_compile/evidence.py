@@ -14,6 +14,8 @@ LEAP = 1.0
 
 Inputs = Sequence[torch.Tensor]
 Fingerprint = tuple[float, ...]
+# Devices from which numbers come while the host goes on.
+ASYNCHRONOUS = {"cuda"}
 Reader = Callable[[Sequence[int]], tuple[float, dict[int, Fingerprint]]]
 
 
@@ -77,11 +79,15 @@ def fingerprint(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def read_evidence(
-    times: Sequence[torch.Tensor | float], inputs: Inputs, positions: Sequence[int]
+    times: Sequence[torch.Tensor | float],
+    inputs: Inputs,
+    positions: Sequence[int],
+    meanwhile: Callable[[], None] | None = None,
 ) -> tuple[float, dict[int, Fingerprint]]:
     """The time as one number, and the fingerprints of the inputs at `positions`: all in one read from the device.
 
     times: candidates for the timestep. Their sum moves when the timestep does; those that never move do no harm.
+    meanwhile: called where the host would wait for the device, and only there.
     """
     plain = float(sum(t for t in times if not isinstance(t, torch.Tensor)))
     parts = [t.double().mean().view(1) for t in times if isinstance(t, torch.Tensor)]
@@ -91,9 +97,24 @@ def read_evidence(
         return plain, {}
     # From the device where most lies: a part on the CPU goes there without waiting for it.
     device = next((p.device for p in parts if p.device.type != "cpu"), parts[0].device)
-    read = torch.cat([p.to(device, non_blocking=True) for p in parts]).tolist()
+    numbers = torch.cat([p.to(device, non_blocking=True) for p in parts])
+    read = _read_beside(numbers, meanwhile) if meanwhile and device.type in ASYNCHRONOUS else numbers.tolist()
     prints, at = {}, timesteps
     for position, part in zip(positions, parts[timesteps:]):
         prints[position] = tuple(read[at : at + len(part)])
         at += len(part)
     return plain + sum(read[:timesteps]), prints
+
+
+def _read_beside(numbers: torch.Tensor, meanwhile: Callable[[], None]) -> list[float]:
+    """The numbers, after `meanwhile`: what that launches on the device stands behind them in the queue."""
+    if numbers.device.type == "cpu":
+        meanwhile()
+        return numbers.tolist()
+    host = torch.empty(numbers.shape, dtype=numbers.dtype, pin_memory=True)
+    host.copy_(numbers, non_blocking=True)
+    done = torch.cuda.Event()
+    done.record(torch.cuda.current_stream(numbers.device))
+    meanwhile()
+    done.synchronize()
+    return host.tolist()

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import fx
 
 from . import telemetry
-from .clock import Tick
+from .clock import Stream, Tick
 from .config import Config
 from .evidence import read_evidence
 from .forecast import History
@@ -21,6 +22,8 @@ from .schedule import Program, program_at
 from .state import Owner, State, allocate
 
 log = logging.getLogger(__name__)
+# Steps run early for nothing, until an owner's are no longer.
+MOST_MISJUDGED = 3
 # Picture sizes of as many tokens for which programs are compiled.
 MOST_ORDERS = 4
 
@@ -32,10 +35,13 @@ class _Called:
         self._inputs = inputs
         self._owners = Owners(inputs.parameters, inputs.latents, bool(inputs.timesteps), config)
 
-    def _tick(self, owner: Owner, args: Sequence) -> tuple[Tick, int] | None:
+    def _tick(
+        self, owner: Owner, args: Sequence, meanwhile: Callable[[], None] | None = None
+    ) -> tuple[Tick, int] | None:
+        """meanwhile: called where the host would wait for what it reads from the device."""
         user = [args[i] for i in self._inputs.user]
         times = [args[i] for i in self._inputs.timesteps]
-        return owner.root.tick(owner, user, lambda positions: read_evidence(times, user, positions))
+        return owner.root.tick(owner, user, lambda positions: read_evidence(times, user, positions, meanwhile))
 
 
 class Timekeeper(_Called):
@@ -62,6 +68,20 @@ class Timekeeper(_Called):
         return self._dense(*args)
 
 
+@dataclass(frozen=True)
+class Early:
+    """A step that was run while the host would have waited for its timestep, as the next one of its stream."""
+
+    stream: Stream
+    step: int
+    program: Program
+    state: State
+    outputs: object
+
+    def is_of(self, tick: Tick, state: State) -> bool:
+        return self.stream is tick.stream and self.step == tick.step and not tick.fresh and self.state is state
+
+
 class Runner(_Called):
     """The callable that Dynamo runs in place of one captured graph: finds state and step, runs a program.
 
@@ -81,7 +101,8 @@ class Runner(_Called):
         self._dynamo, self._analysis, self._config, self._dense = gm, analysis, config, dense
         self._compiler = compiler
         asked = config.schedule.compute_every > 1 or config.forecast.residual > 0
-        self._remembers = asked and only_computes(analysis.canonical)
+        self._computes = only_computes(analysis.canonical)
+        self._remembers = asked and self._computes
         # Layers of a forward that stay dense, where this graph holds too few to tell which of them they are.
         self._dense_until = config.dense_layers if analysis.layers <= config.dense_layers else 0
         self._by_grid: dict[tuple, Programs] = {}
@@ -93,11 +114,35 @@ class Runner(_Called):
             return self._programs_of(None, None, args).run(Program.DENSE, args)
         # Threads that share a model take turns: two of them may share a stream, and so its state.
         with owner.root.lock:
-            where = self._tick(owner, args)
+            early: list[Early] = []
+            where = self._tick(owner, args, lambda: early.extend(self._run_early(owner, args)))
             programs = self._programs_of(where, owner, args)
             if where is None:
                 return programs.run(Program.DENSE, args)
-            return self._run(programs, owner, *where, args)
+            return self._run(programs, owner, *where, args, *early)
+
+    def _run_early(self, owner: Owner, args: Sequence) -> Iterator[Early]:
+        """The program that is due if the generation goes on, launched behind the read that will tell.
+
+        The device then has work while the host reads, and while it gets the step under way. The state counts as
+        unfilled until the read agrees; if it does not, a refresh follows, which is right whatever the state holds.
+        """
+        root, expected = owner.root, owner.clock.expected if owner.clock is not None else None
+        before = root.forward
+        alone = root.whole and before is not None and before.calls == 1 and not before.blind and not self._dense_until
+        # What writes more than its state must not run twice.
+        if expected is None or not alone or not self._computes or self._remembers or is_disabled():
+            return
+        if owner.misjudged > MOST_MISJUDGED:
+            return
+        stream, step = expected
+        programs, state = stream.programs.get(self), stream.states.get((owner.key, 0))
+        if programs is None or state is None or not state.filled or state.fits != (programs, owner):
+            return
+        program = program_at(step, self._config.schedule)
+        outputs = self._run_program(program, programs, state, args)
+        state.filled = False
+        yield Early(stream, step, program, state, outputs)
 
     def _programs_of(self, where: tuple[Tick, int] | None, owner: Owner | None, args: Sequence) -> Programs:
         """The programs for the token order of this call's stream, chosen at its first step.
@@ -121,7 +166,9 @@ class Runner(_Called):
             tick.stream.programs[self] = self.programs
         return self.programs
 
-    def _run(self, programs: Programs, owner: Owner, tick: Tick, occurrence: int, args: Sequence):
+    def _run(
+        self, programs: Programs, owner: Owner, tick: Tick, occurrence: int, args: Sequence, early: Early | None = None
+    ):
         # A block may move to another graph of the same model (guards fail, frames are captured anew): the state
         # follows the block, and is made anew where the graph lays it out otherwise.
         key, fits = (owner.key, occurrence), (programs, owner)
@@ -135,6 +182,14 @@ class Runner(_Called):
             owner.root.end_call(self._analysis.layers)
             return outputs
         state = states.get(key)
+        if early is not None:
+            if state is not None and early.is_of(tick, state):
+                state.filled = True
+                owner.root.end_call(self._analysis.layers)
+                return early.outputs
+            owner.misjudged += 1
+            telemetry.count(early.program.value, -1)
+            telemetry.count("misjudged")
         if state is None or state.fits != fits:
             states.pop(key, None)
             state = states[key] = allocate(programs.scope("stream"), fits)

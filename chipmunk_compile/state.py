@@ -44,6 +44,7 @@ class Owner:
         """root: the models.Root that the parameters belong to; clock: of a graph that receives the timestep."""
         self.key = frozenset(map(id, parameters))
         self.root, self.clock = root, clock
+        self.misjudged = 0  # steps that were run early, and were others
         self._weights: weakref.ref[State] | None = None
         self._references = [weakref.ref(p) for p in parameters]
 

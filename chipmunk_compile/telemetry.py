@@ -7,7 +7,7 @@ import weakref
 from collections import Counter
 from collections.abc import Callable
 
-_COUNTED = ("dense", "refresh", "delta", "forecast", "generations", "streams", "compiles")
+_COUNTED = ("dense", "refresh", "delta", "forecast", "generations", "streams", "misjudged", "compiles")
 _counts: Counter[str] = Counter()
 _lock = threading.Lock()
 # Everything that holds state; each has .state_bytes and .release().
@@ -23,7 +23,8 @@ def counters() -> dict[str, int]:
     """What happened since `reset()`.
 
     Calls by program (`dense`, `refresh`, `delta`, `forecast`; one call of one captured graph counts one),
-    `generations` and `streams` that began, `compiles` (programs handed to Inductor), and `state_bytes` held now.
+    `generations` and `streams` that began, `misjudged` (steps run before their timestep was read, on a GPU, that were not
+    the next of their stream: they were run again), `compiles` (programs handed to Inductor), and `state_bytes` held now.
     """
     with _lock:
         counts = {name: _counts[name] for name in _COUNTED}

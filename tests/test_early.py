@@ -1,0 +1,132 @@
+"""A step that runs while its timestep is being read: what a GPU allows, forced on a CPU."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import chipmunk_compile
+from chipmunk_compile import evidence
+from chipmunk_compile.programs import Programs
+from tests.toy_dit import Loop, compile_toy, toy, worst
+
+pytestmark = pytest.mark.usefixtures("uncompiled")
+SPARSE = {"attention.sparsity": 0.6, "mlp.sparsity": 0.6}
+
+
+@pytest.fixture
+def early(monkeypatch):
+    monkeypatch.setattr(evidence, "ASYNCHRONOUS", {"cpu"})
+
+
+def run(model, *loops) -> list[list[torch.Tensor]]:
+    """[loop][step], the loops' calls made by turns."""
+    with torch.no_grad():
+        outputs = [[model(*inputs) for inputs in step] for step in zip(*loops)]
+    return [list(column) for column in zip(*outputs)]
+
+
+def alone(*loops) -> list[list[torch.Tensor]]:
+    """The same calls on a model that never ran, each read before it runs."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(evidence, "ASYNCHRONOUS", set())
+        torch._dynamo.reset()
+        chipmunk_compile.reset()
+        outputs = run(compile_toy(toy(), **SPARSE)[0], *loops)
+    torch._dynamo.reset()
+    chipmunk_compile.reset()
+    return outputs
+
+
+def same(mine, expected) -> bool:
+    return all(worst(a, b) == 0 for a, b in zip(mine, expected, strict=True))
+
+
+def counts(*names: str) -> tuple[int, ...]:
+    return tuple(chipmunk_compile.counters()[name] for name in names)
+
+
+def test_a_step_is_on_its_way_before_its_time_is_known(early, monkeypatch):
+    loop, order = Loop(steps=8), []
+    expected = alone(loop)
+    run_program, read_beside = Programs.run, evidence._read_beside
+    monkeypatch.setattr(Programs, "run", lambda *args: order.append("runs") or run_program(*args))
+
+    def read(numbers, meanwhile):
+        found = read_beside(numbers, meanwhile)
+        order.append("is read")
+        return found
+
+    monkeypatch.setattr(evidence, "_read_beside", read)
+    assert same(run(compile_toy(toy(), **SPARSE)[0], loop), expected)
+    # The first two steps teach what is conditioning, and which way the time goes.
+    assert order == ["is read", "runs"] * 2 + ["runs", "is read"] * 6
+    assert counts("refresh", "delta", "misjudged") == (3, 5, 0)
+
+
+def test_calls_by_turns_are_told_apart(early):
+    loops = [Loop(seed=1, steps=8), Loop(seed=2, steps=8)]
+    expected = alone(*loops)
+    assert same(run(compile_toy(toy(), **SPARSE)[0], *loops), expected)
+    assert counts("streams", "misjudged") == (2, 0)
+
+
+@pytest.mark.parametrize("broken_off", [2, 3, 4, 6, 8])
+@pytest.mark.parametrize("noise", ["the same noise", "another"])
+def test_a_generation_begun_again_is_no_next_step(early, broken_off, noise):
+    first, second = Loop(seed=1, steps=8), Loop(seed=1, steps=8)
+    second.prompt = first.prompt
+    if noise == "another":
+        second.noise = torch.randn_like(first.noise)
+    expected = alone(second)
+    model = compile_toy(toy(), **SPARSE)[0]
+    run(model, list(first)[:broken_off])
+    before = counts("refresh", "delta")
+    assert same(run(model, second), expected)
+    after = counts("refresh", "delta")
+    assert [b - a for a, b in zip(before, after)] == [3, 5], "a step run for nothing is counted apart"
+    assert counts("misjudged") == (int(broken_off > 1),)
+
+
+def test_after_one_generation_its_length_is_known(early):
+    loop, model = Loop(steps=8), compile_toy(toy(), **SPARSE)[0]
+    for _ in range(4):
+        run(model, loop)
+    assert counts("generations", "misjudged") == (4, 1)
+
+
+def test_an_owner_misjudged_too_often_waits(early):
+    loop, model = Loop(steps=12), compile_toy(toy(), **SPARSE)[0]
+    for length in range(4, 12):  # each longer than the one before, so that the end comes unforeseen
+        run(model, list(loop)[:length])
+    assert counts("misjudged") == (4,)
+
+
+class Counting(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.model = toy()
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x, t, prompt):
+        self.calls.add_(1)
+        return self.model(x, t, prompt)
+
+
+def test_what_writes_more_than_its_state_runs_once(early):
+    model = Counting()
+    compiled, loop = compile_toy(model, **SPARSE)[0], Loop(steps=6)
+    run(compiled, loop), run(compiled, loop)
+    assert model.calls.item() == 12
+    assert counts("misjudged") == (0,)
+
+
+def test_a_step_that_fails_early_leaves_nothing_to_build_on(early, monkeypatch):
+    loop, again = Loop(steps=8), Loop(steps=8, seed=3)
+    expected = alone(again)
+    model = compile_toy(toy(), **SPARSE)[0]
+    run(model, list(loop)[:4])
+    with monkeypatch.context() as patch, pytest.raises(MemoryError):
+        patch.setattr(Programs, "run", lambda *_: (_ for _ in ()).throw(MemoryError()))
+        run(model, list(loop)[4:])
+    assert same(run(model, again), expected)
