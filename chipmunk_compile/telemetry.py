@@ -23,8 +23,9 @@ def counters() -> dict[str, int]:
     """What happened since `reset()`.
 
     Calls by program (`dense`, `refresh`, `delta`, `forecast`; one call of one captured graph counts one),
-    `generations` and `streams` that began, `misjudged` (steps run before their timestep was read, on a GPU, that were not
-    the next of their stream: they were run again), `compiles` (programs handed to Inductor), and `state_bytes` held now.
+    `generations` and `streams` that began, `misjudged` (on a GPU: steps run before their timestep was read that were
+    not the next of their stream, and were run again), `compiles` (programs handed to Inductor), and `state_bytes`
+    held now.
     """
     with _lock:
         counts = {name: _counts[name] for name in _COUNTED}

@@ -87,7 +87,7 @@ def test_kernels_belong_to_the_operator_that_launched_them():
         op("chipmunk::mlp_delta", 100, 100),
         op("aten::addmm", 110, 10, [[96], [40, 24], [24, 96]]),  # chooses neurons
         *kernel("nvjet_small", 115, 7_000, 1),
-        *kernel("mlp_up_hopper", 150, 11_000, 2),
+        *kernel("mlp_hopper", 150, 11_000, 2),
         op("aten::mm", 210, 10, [[40, 24], [24, 96]]),
         *kernel("nvjet_big", 215, 13_000, 3),
         op("aten::mm", 230, 10, [[40, 24], [24, 24]]),
