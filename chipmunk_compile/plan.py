@@ -18,6 +18,7 @@ from .kernels.ops import column_step, why_slow
 from .passes import PASSES
 from .passes.attention_sites import find_attention
 from .passes.canonical import canonicalise
+from .passes.collector import collector_paused
 from .passes.lower import Treatment
 from .passes.mlp_sites import find_mlps
 from .passes.permute_tokens import (
@@ -93,6 +94,7 @@ class Plan:
     orders: tuple[torch.Tensor, ...]  # the permuted graph's last inputs, int64
 
 
+@collector_paused()
 def analyse(gm: fx.GraphModule, example_inputs: Sequence[Any], config: Config) -> Analysis:
     """All passes up to the sites and the token order, without compiling anything.
 

@@ -15,6 +15,8 @@ from . import telemetry
 from .config import Config
 from .kept import Keeper
 from .kernels import cpu
+from .passes.collector import collector_paused
+from .passes.graphs import graph_module
 from .passes.lower import StateTensor, kept_state, lift_state, lower
 from .plan import Plan
 from .schedule import Program
@@ -77,6 +79,7 @@ class Programs:
     def scope(self, scope: str) -> list[StateTensor]:
         return [tensor for tensor in self.state if tensor.scope == scope]
 
+    @collector_paused()
     def graph(self, program: Program) -> fx.GraphModule:
         """A fresh copy of the program's graph, as Inductor gets it."""
         if program is Program.DENSE:
@@ -107,11 +110,12 @@ class Programs:
 def compile_graph(graph: fx.GraphModule, args: list, config: Config) -> Callable:
     """Inductor on one graph (which it takes over), outside Dynamo, for the shapes of `args`."""
     from torch._inductor.compile_fx import compile_fx
+    from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
     telemetry.count("compiles")
-    fake_mode = torch._subclasses.FakeTensorMode(shape_env=None)
+    fake_mode = torch._subclasses.FakeTensorMode(shape_env=ShapeEnv())
     with torch._guards.tracing(torch._guards.TracingContext(fake_mode)):
-        return compile_fx(graph, args, config_patches=config.inductor_options())
+        return compile_fx(graph, args, config_patches=config.inductor_options(), ignore_shape_env=True)
 
 
 def _copy(gm: fx.GraphModule) -> fx.GraphModule:
@@ -119,7 +123,7 @@ def _copy(gm: fx.GraphModule) -> fx.GraphModule:
     graph = fx.Graph()
     env: dict[fx.Node, fx.Node] = {}
     graph.output(graph.graph_copy(gm.graph, env))
-    copied = fx.GraphModule(gm, graph)
+    copied = graph_module(gm, graph)
     copied.meta.update(gm.meta)
     return _with_dynamo_metadata(copied, gm)
 

@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import logging
 import operator
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import fx
 from torch._functorch.aot_autograd import aot_export_module
 
+from .graphs import graph_module
+from .retrace import Unlike, retrace
+
+log = logging.getLogger(__name__)
 aten = torch.ops.aten
 _ENTER, _EXIT = torch.amp.autocast_mode._enter_autocast, torch.amp.autocast_mode._exit_autocast
 
@@ -24,8 +30,26 @@ def canonicalise(gm: fx.GraphModule, inputs: list) -> fx.GraphModule:
 
     Raises whatever the export raises (block masks of flex_attention, for one): the caller leaves the graph dense.
     """
-    with _functorch_stack_kept(), _real_autocast(gm) as traced:
-        exported, signature = aot_export_module(traced, list(inputs), trace_joint=False, pre_dispatch=True)
+    try:
+        return clean(retrace(gm, inputs, export))
+    except Unlike as why:
+        log.debug("the graph is traced as a whole: %s", why)
+        return clean(_whole(gm, inputs))
+
+
+def export(gm: fx.GraphModule, inputs: list) -> tuple[fx.GraphModule, Any]:
+    """`aot_export_module` as every graph here is traced: (functional pre-dispatch ATen, its signature)."""
+    with _functorch_stack_kept():
+        exported, signature = aot_export_module(gm, inputs, trace_joint=False, pre_dispatch=True)
+    for node in list(exported.graph.nodes):
+        if node.target is aten._assert_tensor_metadata.default:  # holds by the meta values; hides dead code
+            exported.graph.erase_node(node)
+    return exported, signature
+
+
+def _whole(gm: fx.GraphModule, inputs: list) -> fx.GraphModule:
+    with _real_autocast(gm) as traced:
+        exported, signature = export(traced, list(inputs))
     graph = exported.graph
     placeholders = [n for n in graph.nodes if n.op == "placeholder"]
 
@@ -43,10 +67,7 @@ def canonicalise(gm: fx.GraphModule, inputs: list) -> fx.GraphModule:
     own = placeholders[len(held) :]
 
     _write_mutations_back(graph, signature, own, {name: n for n, name in zip(placeholders, held)})
-    for node in list(graph.nodes):
-        if node.target is aten._assert_tensor_metadata.default:  # holds by the meta values; hides dead code
-            graph.erase_node(node)
-    return clean(exported)
+    return graph_module(exported, graph)
 
 
 @contextlib.contextmanager
@@ -75,7 +96,7 @@ def _real_autocast(gm: fx.GraphModule) -> Iterator[fx.GraphModule]:
     for node in graph.nodes:
         node.target = {_ENTER: enter, _EXIT: leave}.get(node.target, node.target)
     try:
-        yield fx.GraphModule(gm, graph)
+        yield graph_module(gm, graph)
     finally:
         for region in reversed(regions):  # tracing failed inside
             region.__exit__(None, None, None)

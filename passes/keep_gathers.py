@@ -13,6 +13,7 @@ import torch
 from torch import fx
 
 from .canonical import clean
+from .graphs import graph_module
 
 aten = torch.ops.aten
 
@@ -43,7 +44,7 @@ def keep_program(gm: fx.GraphModule) -> tuple[fx.GraphModule, tuple[int, ...]]:
     for target, node in zip(targets, wanted):
         graph.call_function(aten.copy_.default, (target, env[node]))
     graph.output(())
-    return clean(fx.GraphModule(gm, graph)), tuple(positions)
+    return clean(graph_module(gm, graph)), tuple(positions)
 
 
 def use_kept(gm: fx.GraphModule, env: dict[fx.Node, fx.Node], kept: list[fx.Node]) -> None:

@@ -19,6 +19,7 @@ from torch import fx
 from ..kernels import ops  # noqa: F401  (defines torch.ops.chipmunk)
 from ..kernels.reference import sample_table
 from .canonical import clean
+from .graphs import graph_module
 from .keep_gathers import kept_gathers, use_kept
 from .quantised import call_quantised
 from .sites import AttentionSite, MlpSite
@@ -117,7 +118,7 @@ def lower(gm: fx.GraphModule, treatments: Sequence[Treatment], program: str) -> 
     env: dict[fx.Node, fx.Node] = {}
     output = graph.graph_copy(gm.graph, env)
     graph.output(output)
-    lowered = fx.GraphModule(gm, graph)
+    lowered = graph_module(gm, graph)
     lowered.meta.update(gm.meta)
 
     state: dict[str, fx.Node] = {}
