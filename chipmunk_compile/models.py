@@ -123,7 +123,7 @@ class Root:
         forward = self.forward
         if forward is None and not self.hooked:
             self._early |= owner.key
-        if forward is None or owner.key & self._early:
+        if forward is None or (clock is None and owner.key & self._early):
             self.wanted = True
             return None
         occurrence = forward.occurrences[owner.key]

@@ -19,6 +19,7 @@ from .passes import PASSES
 from .passes.attention_sites import find_attention
 from .passes.canonical import canonicalise
 from .passes.collector import collector_paused
+from .passes.lift_numbers import lift_numbers
 from .passes.lower import Treatment
 from .passes.mlp_sites import find_mlps
 from .passes.permute_tokens import (
@@ -102,7 +103,7 @@ def analyse(gm: fx.GraphModule, example_inputs: Sequence[Any], config: Config) -
     """
     inputs = _classify(gm, example_inputs)
     try:
-        canonical = canonicalise(gm, stand_ins(gm, example_inputs))
+        canonical = canonicalise(lift_numbers(gm)[0], stand_ins(gm, example_inputs))
     except Exception as error:  # whatever the export cannot take, Inductor may
         detail = f"({type(error).__name__}: {str(error).splitlines()[0][:200]})"
         return Analysis(inputs, reason=Reason.NO_CANONICAL_FORM, detail=detail)

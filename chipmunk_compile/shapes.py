@@ -1,4 +1,7 @@
-"""Graphs with symbolic sizes (`dynamic=True`, or Dynamo's own switch at a second resolution): sparse at each size."""
+"""Graphs with symbolic sizes (`dynamic=True`, or Dynamo's own switch at a second resolution): sparse at each size.
+
+A symbolic integer that is no size, such as a timestep, is handed on as a tensor.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +14,7 @@ import torch
 from torch import fx
 
 from .config import Config
+from .passes.lift_numbers import lift_numbers
 from .passes.reasons import Reason
 from .plan import analyse
 from .runner import callable_for
@@ -30,8 +34,11 @@ class BySize:
     """One symbolic graph: a Runner for each of the first MOST_SIZES sizes, Inductor's symbolic program for all else."""
 
     def __init__(self, gm: fx.GraphModule, example_inputs: Sequence[Any], dense: Callable, config: Config) -> None:
-        self._dynamo, self._dense, self._config = gm, dense, config
-        self._symbolic = [i for i, value in enumerate(example_inputs) if is_symbolic(value)]
+        symbolic = [i for i, value in enumerate(example_inputs) if is_symbolic(value)]
+        integers = [i for i in symbolic if isinstance(example_inputs[i], torch.SymInt)]
+        self._dynamo, self._numbers = lift_numbers(gm, integers)
+        self._symbolic = [i for i in symbolic if i not in self._numbers]
+        self._dense, self._config = dense, config
         self._by_size: dict[tuple, Callable] = {}
         self._lock = threading.Lock()
 
@@ -41,19 +48,28 @@ class BySize:
             for arg in map(args.__getitem__, self._symbolic)
         )
         called = self._by_size.get(size)
+        lifted = list(args)
+        for i in self._numbers:
+            lifted[i] = torch.tensor(args[i])
         if called is None:
             with self._lock:
-                called = self._by_size.get(size) or self._make(size, args)
-        return called(*args)
+                called = self._by_size.get(size) or self._make(size, lifted)
+        return called(*lifted)
+
+    def _run_dense(self, *args):
+        plain = list(args)
+        for i in self._numbers:
+            plain[i] = int(args[i])
+        return self._dense(*plain)
 
     def _make(self, size: tuple, args: Sequence) -> Callable:
         if len(self._by_size) == MOST_SIZES:
             log.info("%s (%d)", Reason.TOO_MANY_SIZES.value, MOST_SIZES)
-            return self._dense
+            return self._run_dense
         # A copy: what is traced for one size must not show in the graph that the next size is traced from.
         gm = fx.GraphModule(self._dynamo, self._dynamo.graph)
         gm.meta.update(self._dynamo.meta)
         analysis = analyse(gm, args, self._config)
-        made = callable_for(gm, analysis, self._config, lambda: self._dense, self._dense)
+        made = callable_for(gm, analysis, self._config, lambda: self._run_dense, self._run_dense)
         self._by_size[size] = made
         return made
