@@ -134,13 +134,15 @@ def line(row: dict[str, Any]) -> str:
 def markdown(whole: dict[str, Any]) -> str:
     """The rows that compare with dense kernels, as a table."""
     lines = [
-        "| kernel | shape | columns | chunk | ms | TFLOP/s | against dense | ideal |",
-        "|---|---|---|---|---|---|---|---|",
+        "| kernel | shape | columns | chunk | ms | TFLOP/s | against dense | ideal | temporary MB |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for row in whole["rows"]:
         if "ratio" in row and "ideal_ratio" in row:
             cells = (row["kernel"], row["shape"], row.get("counts", ""), row.get("chunk", ""), f"{row['ms']:.3g}")
-            rates = (f"{row['tflops']:.0f}", f"{row['ratio']:.2f}x", f"{row['ideal_ratio']:.1f}x")
+            ratio = f"costs {row['cost']:.2f}x" if "cost" in row else f"{row['ratio']:.2f}x"
+            ideal = "1.0x" if "cost" in row else f"{row['ideal_ratio']:.1f}x"
+            rates = (f"{row['tflops']:.0f}", ratio, ideal, f"{row['peak_temp_bytes'] / 1e6:.1f}")
             lines.append(f"| {' | '.join(map(str, (*cells, *rates)))} |")
     return "\n".join(lines)
 
