@@ -14,6 +14,7 @@ import torch
 log = logging.getLogger("chipmunk_compile")
 
 _refused: set[str] = set()  # kernels that the compiler or the GPU did not take
+_compiled: dict[tuple, tuple] = {}  # (kernel, what follows its arguments), by all that they are compiled for
 _local = threading.local()  # of the thread that rehearses: others launch
 
 
@@ -80,12 +81,40 @@ def launch(function, grid: tuple[int, ...], *args, **config) -> None:
     device = next(a for a in args if isinstance(a, torch.Tensor)).device
     if device.type != "cuda":
         function[grid](*args, **{k: v for k, v in config.items() if k not in ("num_warps", "num_stages")})
+    elif device.index == torch.cuda.current_device():
+        _launch_compiled(function, device.index, grid, args, config)
+    else:
+        with torch.cuda.device(device):
+            _launch_compiled(function, device.index, grid, args, config)
+
+
+def _launch_compiled(function, device: int, grid: tuple[int, ...], args: tuple, config: dict) -> None:
+    """As function[grid](*args, **config), which looks at every argument anew to find what was compiled for it: for 40
+    arguments that costs the host as much as ten launches. All that it may look at is in the key."""
+    key = (function, device, tuple(config.values()), *map(_kind, args))
+    compiled = _compiled.get(key)
+    if compiled is None:
+        compiled = function[grid](*args, **config)
+        if isinstance(compiled, _compiled_kernel()):
+            constants = tuple(config[name] for name in function.arg_names[len(args) :])
+            _compiled[key] = compiled, constants
         return
-    if device.index == torch.cuda.current_device():
-        function[grid](*args, **config)
-        return
-    with torch.cuda.device(device):
-        function[grid](*args, **config)
+    kernel, constants = compiled
+    kernel[(*grid, 1, 1)[:3]](*args, *constants)
+
+
+def _kind(argument):
+    """What a kernel may be compiled for: all of a number; of a tensor its type, and whether 16 divides its address."""
+    if isinstance(argument, torch.Tensor):
+        return argument.dtype, argument.data_ptr() % 16 == 0
+    return argument
+
+
+@functools.cache
+def _compiled_kernel() -> type:
+    from triton.compiler import CompiledKernel
+
+    return CompiledKernel
 
 
 def attempt(function, grid: tuple[int, ...], *args, **config) -> bool:

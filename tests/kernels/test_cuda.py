@@ -126,6 +126,56 @@ def test_an_error_of_a_kernel_that_runs_is_not_swallowed():
         launch.attempt(Kernel(), (1,), torch.empty(1))
 
 
+class Compiled:
+    def __init__(self, log: list) -> None:
+        self.log = log
+
+    def __getitem__(self, grid):
+        return lambda *args: self.log.append(("again", grid, args))
+
+
+class Function:
+    """What Triton makes of a kernel, with one argument that is printed into it."""
+
+    arg_names = ("x", "n", "scale", "BLOCK")
+
+    def __init__(self) -> None:
+        self.log: list = []
+
+    def __getitem__(self, grid):
+        def run(*args, **config):
+            self.log.append(("looked up", grid, args, config))
+            return Compiled(self.log)
+
+        return run
+
+
+def test_a_kernel_is_looked_up_once_for_what_it_is_compiled_for(monkeypatch):
+    monkeypatch.setattr(launch, "_compiled_kernel", lambda: Compiled)
+    monkeypatch.setattr(launch, "_compiled", {})
+    function, x = Function(), torch.zeros(64, dtype=BF16)
+
+    def run(x, n=3, grid=(5,), **config) -> str:
+        launch._launch_compiled(function, 0, grid, (x, n, 0.5), {"BLOCK": 16, "num_warps": 4, **config})
+        return function.log[-1][0]
+
+    assert run(x) == "looked up" and function.log[-1][3] == {"BLOCK": 16, "num_warps": 4}
+    assert run(x) == run(torch.ones(2, 64, dtype=BF16), grid=(7, 2)) == "again"
+    assert function.log[-1][1] == (7, 2, 1) and function.log[-1][2][1:] == (3, 0.5, 16)
+    others = [run(x[1:]), run(x.half()), run(x, n=16), run(x, BLOCK=32), run(x, num_warps=8)]
+    assert others == ["looked up"] * 5, "begins elsewhere, is of another type, other numbers, other tiles"
+    assert run(x[8:]) == run(x[1:]) == run(x, n=16) == "again"
+
+
+def test_what_is_no_compiled_kernel_is_not_kept(monkeypatch):
+    pytest.importorskip("triton")
+    monkeypatch.setattr(launch, "_compiled", {})
+    function = Function()
+    for _ in range(2):
+        launch._launch_compiled(function, 0, (1,), (torch.zeros(1), 1, 0.5), {"BLOCK": 16})
+    assert [entry[0] for entry in function.log] == ["looked up"] * 2
+
+
 def launched(op, *args) -> list[str]:
     """The kernels that an op would launch for fake tensors on the GPU."""
     with launch.rehearsal() as sources:
