@@ -60,7 +60,7 @@ class _Kind:
     inputs: list[Node]  # placeholders: of the loose graph, and when that is exported, of the exported one
     made: list[Node]  # in the loose graph: what other nodes read
     expected: list[list[torch.Tensor]]  # Dynamo's examples of those, each a list where an op returns a tuple
-    body: list[Node] = field(default_factory=list)  # in the exported graph
+    body: list[tuple[Node, int]] = field(default_factory=list)  # in the exported graph, and of which node of the group
     outputs: list[list[Node]] = field(default_factory=list)  # as `expected`
 
 
@@ -222,8 +222,9 @@ def _loosen(group: _Group, arguments: list[Node], loose: fx.Graph, first: Node) 
             env[argument] = loose.placeholder(f"input_{len(loose.nodes)}")
             env[argument].meta["of"] = argument
     inputs = list(env.values())
-    for node in group.nodes:
+    for number, node in enumerate(group.nodes):
         env[node] = loose.create_node(node.op, node.target, *map_arg((node.args, node.kwargs), env.__getitem__))
+        env[node].meta["nn_module_stack"] = {"": (str(number), "")}  # the export hands it on: what came of which
     expected = [tree_leaves(node.meta.get("example_value")) for node in group.read]
     for node, values in zip(group.read, expected):
         if not values or not all(isinstance(value, FakeTensor) for value in values):
@@ -251,8 +252,9 @@ def _export_loose(loose: fx.Graph, kinds: list[_Kind], layouts: _Layouts, export
     for kind in kinds:
         kind.inputs = [own[node] for node in kind.inputs]
         kind.outputs = [[next(outputs) for _ in values] for values in kind.expected]
-        kind.body = sorted(_upstream(sum(kind.outputs, [])), key=order.__getitem__)
-        reached.update(kind.body)
+        body = sorted(_upstream(sum(kind.outputs, [])), key=order.__getitem__)
+        kind.body = [(node, int(node.meta.get("nn_module_stack", {"": ("0", "")})[""][0])) for node in body]
+        reached.update(body)
         for output, value in zip(sum(kind.outputs, []), sum(kind.expected, [])):
             if layouts.number(output.meta["val"]) != layouts.number(value):
                 raise Unlike("an op makes another layout than in Dynamo")
@@ -297,11 +299,10 @@ def _assemble(gm: fx.GraphModule, groups: dict[Node, tuple[_Group, _Kind, list[N
 
 def _copy(group: _Group, kind: _Kind, arguments: list[Node], made: dict[Node, Any], graph: fx.Graph) -> None:
     env = dict(zip(kind.inputs, (made[argument] for argument in arguments)))
-    last = group.nodes[-1]
-    handed_on = {key: last.meta[key] for key in _HANDED_ON if key in last.meta}
-    for part in kind.body:
+    handed_on = [{key: node.meta[key] for key in _HANDED_ON if key in node.meta} for node in group.nodes]
+    for part, number in kind.body:
         env[part] = graph.node_copy(part, env.__getitem__)
-        env[part].meta = {"val": part.meta.get("val"), **handed_on}
+        env[part].meta = {"val": part.meta.get("val"), **handed_on[number]}
     for node, outputs in zip(group.read, kind.outputs):
         values = [env[output] for output in outputs]
         made[node] = values[0] if isinstance(node.meta["example_value"], torch.Tensor) else values
