@@ -36,7 +36,7 @@ def chipmunk(
         _warn_of_training()
         return _inductor(gm, example_inputs, config)
     if any(map(is_symbolic, example_inputs)):
-        return BySize(gm, example_inputs, _inductor(gm, example_inputs, config), config)
+        return BySize(gm, example_inputs, lambda: _inductor(gm, example_inputs, config), config)
     return callable_for(gm, analyse(gm, example_inputs, config), config, lambda: _inductor(gm, example_inputs, config))
 
 

@@ -1,6 +1,7 @@
 """Graphs with symbolic sizes (`dynamic=True`, or Dynamo's own switch at a second resolution): sparse at each size.
 
-A symbolic integer that is no size, such as a timestep, is handed on as a tensor.
+A symbolic integer that is no size, such as a timestep, is handed on as a tensor. Strides along axes of size one are
+nothing: blocks compiled one by one differ in those alone (a slice of one sample keeps the stride of the batch).
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from .config import Config
 from .passes.lift_numbers import lift_numbers
 from .passes.reasons import Reason
 from .plan import analyse
+from .programs import dense_program
 from .runner import callable_for
 
 log = logging.getLogger(__name__)
@@ -31,22 +33,27 @@ def is_symbolic(value: Any) -> bool:
 
 
 class BySize:
-    """One symbolic graph: a Runner for each of the first MOST_SIZES sizes, Inductor's symbolic program for all else."""
+    """One symbolic graph: a Runner for each of the first MOST_SIZES sizes, Inductor's symbolic program for all else.
 
-    def __init__(self, gm: fx.GraphModule, example_inputs: Sequence[Any], dense: Callable, config: Config) -> None:
-        symbolic = [i for i, value in enumerate(example_inputs) if is_symbolic(value)]
+    inductor: compiles that program, while Dynamo's own tracing context stands. A graph of which no size varies needs
+    none.
+    """
+
+    def __init__(
+        self, gm: fx.GraphModule, example_inputs: Sequence[Any], inductor: Callable[[], Callable], config: Config
+    ) -> None:
+        placeholders = [node for node in gm.graph.nodes if node.op == "placeholder"]
+        symbolic = [i for i, value in enumerate(example_inputs) if _varies(value) and _is_read(placeholders[i])]
         integers = [i for i in symbolic if isinstance(example_inputs[i], torch.SymInt)]
         self._dynamo, self._numbers = lift_numbers(gm, integers)
         self._symbolic = [i for i in symbolic if i not in self._numbers]
-        self._dense, self._config = dense, config
+        self._dense = inductor() if symbolic else None
+        self._config = config
         self._by_size: dict[tuple, Callable] = {}
         self._lock = threading.Lock()
 
     def __call__(self, *args):
-        size = tuple(
-            (arg.shape, arg.stride()) if isinstance(arg, torch.Tensor) else arg
-            for arg in map(args.__getitem__, self._symbolic)
-        )
+        size = tuple(map(_layout, map(args.__getitem__, self._symbolic)))
         called = self._by_size.get(size)
         lifted = list(args)
         for i in self._numbers:
@@ -70,6 +77,29 @@ class BySize:
         gm = fx.GraphModule(self._dynamo, self._dynamo.graph)
         gm.meta.update(self._dynamo.meta)
         analysis = analyse(gm, args, self._config)
-        made = callable_for(gm, analysis, self._config, lambda: self._run_dense, self._run_dense)
+        if self._dense is not None:
+            made = callable_for(gm, analysis, self._config, lambda: self._run_dense, self._run_dense)
+        else:
+            made = callable_for(gm, analysis, self._config, lambda: dense_program(gm, args, self._config))
         self._by_size[size] = made
         return made
+
+
+def _varies(value: Any) -> bool:
+    """Whether the layout of an input is symbolic."""
+    if not isinstance(value, torch.Tensor):
+        return is_symbolic(value)
+    return any(isinstance(size, torch.SymInt) for size in (*value.shape, *_strides(value)))
+
+
+def _is_read(placeholder: fx.Node) -> bool:
+    """Tensors always: their sizes are constants of the graph."""
+    return bool(placeholder.users) or isinstance(placeholder.meta.get("example_value"), torch.Tensor)
+
+
+def _layout(value: Any) -> Any:
+    return (value.shape, _strides(value)) if isinstance(value, torch.Tensor) else value
+
+
+def _strides(value: torch.Tensor) -> tuple:
+    return tuple(0 if type(size) is int and size == 1 else stride for size, stride in zip(value.shape, value.stride()))

@@ -35,6 +35,8 @@ def lift_numbers(gm: fx.GraphModule, integers: Collection[int] = ()) -> tuple[fx
     x * t, t / 1000             ->  the same, of tensors
     item(t)                     ->  to(t, float64)
     """
+    if not integers and not any(node.op == "call_method" and node.target == "item" for node in gm.graph.nodes):
+        return gm, ()
     graph = fx.Graph()
     graph.output(graph.graph_copy(gm.graph, {}))
     placeholders = [n for n in graph.nodes if n.op == "placeholder"]
