@@ -1,12 +1,17 @@
 """Picture quality against time.
 
     python -m benchmarks.quality --quick [--steps 28] [--only NAME ...]
+    python -m benchmarks.quality --model video --checkpoint FOLDER [--budget SECONDS] [--steps 28 50 12] [--seeds 64]
+    python -m benchmarks.quality --draw benchmarks/results/quality-video-<device>.json
 
 `--quick`: the shipped transformer (examples/tiny_dit) on this machine, in under ten minutes on two cores. Every method
 denoises the same noise as compiled dense does; a dense generation runs right before its own, and speed-up is the ratio
 of that one to theirs, median over repeats. PSNR, SSIM and relative L1 of the picture tokens are means over pictures,
 against compiled dense with the same number of steps. Writes benchmarks/results/quality-<model>-<device>.json, unless
 `--only` names some methods.
+
+`--model`: a transformer that `python -m benchmarks.quality.train` left in FOLDER, on a GPU; see frontier.py. Rows are
+written as they come, and those there already, of the same weights and sources, are not measured again.
 """
 
 from __future__ import annotations
@@ -17,6 +22,7 @@ import logging
 import pathlib
 import platform
 import statistics
+import sys
 import time
 from collections.abc import Callable
 
@@ -27,7 +33,7 @@ from tqdm.auto import tqdm
 import chipmunk_compile
 from examples.tiny_dit import sampling
 
-from . import metrics
+from . import frontier, metrics, plot
 from .methods import Method, quick_methods
 
 log = logging.getLogger("quality")
@@ -35,13 +41,39 @@ RESULTS = pathlib.Path(__file__).parent.parent / "results"
 BATCH = 2
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", required=True, help="the shipped model, a few settings each")
-    parser.add_argument("--steps", type=int, default=28)
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--quick", action="store_true", help="the shipped model, a few settings each")
+    what.add_argument("--model", choices=("video", "image"), help="a trained model, on a GPU")
+    what.add_argument("--draw", type=pathlib.Path, metavar="JSON", help="draw the rows of a file; needs no GPU")
+    parser.add_argument("--steps", type=int, nargs="+", default=[28])
     parser.add_argument("--repeats", type=int, default=2, help="timed generations of each method, each of other noise")
     parser.add_argument("--only", nargs="*", help="methods whose label holds one of these")
-    args = parser.parse_args()
+    trained = parser.add_argument_group("with --model")
+    trained.add_argument("--checkpoint", type=pathlib.Path, help="folder of the weights")
+    trained.add_argument("--budget", type=float, default=float("inf"), metavar="SECONDS", help="then start no new row")
+    trained.add_argument("--seeds", type=int, default=64, help="clips a row, each of noise and caption of its own")
+    trained.add_argument("--encoder-seconds", type=float, default=40.0, help="training of the Fréchet classifier; or 0")
+    trained.add_argument("--mode", help='Inductor\'s mode of the dense model, as "reduce-overhead"')
+    trained.add_argument("--again", action="store_true", help="measure rows that are there already")
+    trained.add_argument("--output", type=pathlib.Path, help="the JSON file")
+    trained.add_argument("--tiny", action="store_true", help="a --tiny checkpoint, on the CPU: that it runs")
+    trained.add_argument("--eager", action="store_true", help="dense and rivals not compiled; for --tiny")
+    args = parser.parse_args(arguments)
+    if args.draw:
+        print(plot.draw(args.draw))
+    elif args.model:
+        if args.checkpoint is None:
+            parser.error("--model needs --checkpoint")
+        logging.basicConfig(level=logging.INFO, format="%(relativeCreated)7d ms  %(message)s", stream=sys.stdout)
+        frontier.run(args)
+    else:
+        quick(args)
+
+
+def quick(args: argparse.Namespace) -> None:
+    (args.steps,) = args.steps
     torch.manual_seed(0)
     model = sampling.load_model()
     dense = torch.compile(model)

@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from chipmunk_compile.backend import chipmunk as backend  # the string names the same, where the package is installed
+
 from .rivals import StepReuse, TaylorSteps, first_block_cache
 
 
@@ -28,7 +30,7 @@ class Method:
 def chipmunk(model: torch.nn.Module, **options: Any) -> Method:
     """chipmunk with options; double underscores stand for dots."""
     options = {name.replace("__", "."): value for name, value in options.items()}
-    compiled = torch.compile(model, backend="chipmunk", options=options)
+    compiled = torch.compile(model, backend=backend, options=options)
     return Method("chipmunk", options, lambda: compiled)
 
 

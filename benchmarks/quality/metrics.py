@@ -1,4 +1,4 @@
-"""How near a picture is to another. Pictures are [batch, 3, height, width] in 0..1."""
+"""How near a picture is to another. Pictures are [batch, 3, height, width] in 0..1; frames of a clip are channels."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def psnr(pictures: Tensor, reference: Tensor) -> Tensor:
 
 def ssim(pictures: Tensor, reference: Tensor) -> Tensor:
     """Structural similarity of each picture (Wang et al. 2004: Gaussian window of 11, sigma 1.5). [batch]"""
-    offsets = torch.arange(11, dtype=torch.float64) - 5
+    offsets = torch.arange(11, dtype=torch.float64, device=pictures.device) - 5
     line = torch.exp(-(offsets**2) / (2 * 1.5**2))
     line /= line.sum()
     channels = pictures.shape[1]

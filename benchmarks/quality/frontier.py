@@ -1,0 +1,249 @@
+"""The harness on a GPU: trained models, many seeds, every method at every number of steps, rows kept as they come."""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import logging
+import math
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+import chipmunk_compile
+from benchmarks.kernels_report import Results, default_path, digest, provenance, rounded
+from benchmarks.models_timing import fastest_sdpa
+
+from . import checkpoints, frechet, metrics
+from .attention_mass import attention_mass, table
+from .methods import Method
+from .sampling import captions, generate, pictures_of, starting_noise
+from .sdpa import inference_sdpa
+from .settings import Builder
+from .subjects import SUBJECTS, tiny
+
+log = logging.getLogger("quality")
+STARTED = time.perf_counter()
+KEY = ("model", "label", "steps")
+SOURCES = ("chipmunk_compile", "passes", "kernels")
+FLOOR_CLIPS = 8  # of which the fp32 eager generation is made: it is slow
+
+
+class Bench:
+    """One trained model on one device, with the dense generations that all else is held against."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        self.args = args
+        self.subject = tiny(SUBJECTS[args.model]) if args.tiny else SUBJECTS[args.model]
+        self.device = torch.device("cpu" if args.tiny else "cuda")
+        self.dtype = torch.float32 if args.tiny else torch.bfloat16
+        self.batch = self.subject.measured
+        self.seeds = self.batch * math.ceil(args.seeds / self.batch)
+        self.model = checkpoints.load_weights(args.checkpoint, self.device, self.dtype)
+        self.text = captions(self.subject, self.seeds, seed=1).to(self.device, self.dtype)
+        self.noise = starting_noise(self.subject, self.seeds, 1, self.device)
+        self.sdpa, sdpa_ms = inference_sdpa(self.subject, self.batch, self.device)
+        compiled = self.model if args.eager else torch.compile(self.model, dynamic=False, mode=args.mode)
+        self.dense = self.fast(compiled)
+        weights = checkpoints.digest(args.checkpoint)
+        head = provenance(*SOURCES) if not args.tiny else {"device": "cpu", "sources": digest(*SOURCES)}
+        # Rows of other weights, or of other programs, are rows of something else.
+        head |= {"sources": f"{head['sources']}-{weights}", "model": args.model, "tokens": self.subject.tokens,
+                 "grid": list(self.subject.grid), "guidance": self.subject.guidance, "clips_a_call": self.batch,
+                 "sdpa": self.sdpa, "sdpa_ms": rounded(sdpa_ms)}  # fmt: skip
+        path = args.output or default_path(f"quality-{self.subject.name}")
+        before = json.loads(path.read_text()) if path.is_file() else {}
+        head |= {name: before[name] for name in ("attention_mass", "frechet_dense") if name in before}
+        self.results = Results(path, head, args.again, KEY)
+        self.expected: dict[int, Tensor] = {}
+        self.dense_seconds: dict[int, list[float]] = {}
+        self.encoder = self.real = None
+
+    def fast(self, called: Callable) -> Callable:
+        """The same, where the fastest SDPA of this machine comes first."""
+        if self.sdpa is None:
+            return called
+
+        def call(**inputs):
+            with fastest_sdpa(self.sdpa):
+                return called(**inputs)
+
+        return call
+
+    @property
+    def late(self) -> bool:
+        return time.perf_counter() - STARTED > self.args.budget
+
+    def run(self, called: Callable, part: int, steps: int) -> tuple[Tensor, float]:
+        """A whole generation of one batch: latents, and seconds on the wall."""
+        rows = slice(part * self.batch, (part + 1) * self.batch)
+        self._synchronize()
+        started = time.perf_counter()
+        latents = generate(called, self.subject, self.noise[rows], self.text[rows], steps, self.dtype)
+        self._synchronize()
+        return latents, time.perf_counter() - started
+
+    @property
+    def parts(self) -> int:
+        return self.seeds // self.batch
+
+    def reference(self, steps: int) -> None:
+        """Compiled dense of every seed, and how long it takes."""
+        self.run(self.dense, 0, 2)  # compiles
+        made = [self.run(self.dense, part, steps) for part in range(self.parts)]
+        self.expected[steps] = torch.cat([latents for latents, _ in made])
+        self.dense_seconds[steps] = [seconds for _, seconds in made]
+        log.info("dense, %d steps: %.3f s a batch of %d, over %d batches", steps,
+                 statistics.median(self.dense_seconds[steps]), self.batch, self.parts)  # fmt: skip
+
+    def measure(self, method: Method, steps: int) -> dict:
+        """One row. A dense generation runs right before the method's own, so that both see the same clocks."""
+        own_steps = method.steps or steps
+        chipmunk_compile.reset()
+        self.run(method.make(), 0, min(own_steps, 9))  # compiles every program: R R f d f d .., a refresh at 8 too
+        dense, seconds, made = [], [], []
+        before = chipmunk_compile.counters()
+        for part in range(self.parts):
+            if part % 4 == 0:
+                dense.append(self.run(self.dense, part, steps)[1])
+            latents, own = self.run(method.make(), part, own_steps)
+            seconds.append(own)
+            made.append(latents)
+        after = chipmunk_compile.counters()
+        ran = {name: (after[name] - before[name]) // self.parts for name in ("refresh", "delta", "forecast")}
+        ratio = statistics.median(dense) / statistics.median(seconds)
+        return {
+            "model": self.args.model, "method": method.name, "setting": method.setting, "label": method.label,
+            "steps": steps, "calls": {name: n for name, n in ran.items() if n} or None,
+            "seconds": statistics.median(seconds), "dense_seconds": statistics.median(dense),
+            "speedup": ratio, "clips": self.seeds, **self.scores(torch.cat(made), self.expected[steps]),
+        }  # fmt: skip
+
+    def scores(self, latents: Tensor, expected: Tensor) -> dict:
+        """Means over clips with half of their 95% intervals, and the Fréchet distance from drawn frames."""
+        each = [
+            (metrics.psnr(a, b), metrics.ssim(a, b), metrics.relative_l1(x, y))
+            for x, y in zip(latents.split(self.batch), expected.split(self.batch))
+            for a, b in [(pictures_of(x), pictures_of(y))]
+        ]
+        found = {}
+        for name, values in zip(("psnr", "ssim", "rel_l1"), zip(*each)):
+            values = torch.cat(values).double()
+            found[name] = values.mean().item()
+            found[f"{name}_ci"] = 1.96 * values.std().item() / len(values) ** 0.5
+        found["frechet"] = self.frechet(latents)
+        return found
+
+    def frechet(self, latents: Tensor) -> float | None:
+        if self.encoder is None:
+            return None
+        return frechet.frechet(frechet.statistics(self.encoder, latents), self.real)
+
+    def prepare_frechet(self) -> None:
+        if self.args.encoder_seconds <= 0:
+            return
+        started = time.perf_counter()
+        self.encoder = frechet.train_encoder(self.subject, self.args.checkpoint, self.device, self.args.encoder_seconds)
+        self.real = frechet.real_statistics(self.encoder, self.subject, self.device)
+        log.info("features for the Fréchet distance in %.0f s", time.perf_counter() - started)
+
+    def look(self) -> None:
+        """Attention mass by layer, into the file's head."""
+        if "attention_mass" in self.results.head and not self.args.again:
+            return
+        mass = attention_mass(self.model, self.subject, self.noise[:1], self.text[:1], self.dtype)
+        self.results.head["attention_mass"] = rounded(mass) | {
+            "layers": [[round(m, 4) for m in row] for row in mass["layers"]]
+        }
+        log.info("%s", table(mass))
+
+    def floor(self, steps: int) -> dict | None:
+        """The noise floor: the model in fp32, as it is, against compiled bf16."""
+        count = min(FLOOR_CLIPS, self.seeds) // self.batch
+        whole = copy.deepcopy(self.model).float()
+        made = [
+            generate(whole, self.subject, self.noise[rows], self.text[rows].float(), steps, torch.float32)
+            for rows in (slice(part * self.batch, (part + 1) * self.batch) for part in range(count))
+        ]
+        latents = torch.cat(made)
+        scores = self.scores(latents, self.expected[steps][: len(latents)])
+        return {
+            "model": self.args.model, "method": "dense fp32 eager", "setting": {}, "label": "dense fp32 eager",
+            "steps": steps, "speedup": None, "clips": len(latents), **scores,
+        }  # fmt: skip
+
+    def _synchronize(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+
+
+def run(args: argparse.Namespace) -> Path:
+    """All methods, unless time runs out; a method that fails has a row that says so."""
+    torch.manual_seed(0)
+    torch._dynamo.config.recompile_limit = 512  # every setting is a program of the same code
+    torch._dynamo.config.accumulated_recompile_limit = 4096
+    bench = Bench(args)
+    with torch.no_grad():
+        bench.look()
+        for steps in args.steps:
+            bench.reference(steps)
+        with torch.enable_grad():
+            bench.prepare_frechet()
+        bench.results.head["frechet_dense"] = {str(n): rounded(bench.frechet(x)) for n, x in bench.expected.items()}
+        builder = Builder(
+            bench.model, bench.subject, bench.dense, bench.fast,
+            lambda called: bench.run(bench.fast(called), 0, max(args.steps)), compiled=not args.eager,
+        )  # fmt: skip
+        for same in zip(*(builder.methods(steps) for steps in args.steps)):
+            for steps, method in zip(args.steps, same):
+                _row(bench, method, steps)
+        for steps in args.steps:
+            if not bench.late and not bench.results.find((args.model, "dense fp32 eager", steps)) and not args.only:
+                _add(bench, bench.floor(steps))
+    log.info("%s", summary(bench.results.whole["rows"], args.steps))
+    return bench.results.path
+
+
+def _row(bench: Bench, method: Method, steps: int) -> None:
+    args = bench.args
+    known = bench.results.find((args.model, method.label, steps))
+    if bench.late or known is not None or (args.only and not any(name in method.label for name in args.only)):
+        return
+    started = time.perf_counter()
+    try:
+        row = bench.measure(method, steps)
+    except Exception as failure:  # a method that fails must not cost the others
+        log.error("FAILED %s", method.label, exc_info=failure)
+        row = {
+            "model": args.model, "method": method.name, "setting": method.setting, "label": method.label,
+            "steps": steps, "failure": f"{type(failure).__name__}: {failure}"[:300],
+        }  # fmt: skip
+    row["took_s"] = time.perf_counter() - started
+    _add(bench, row)
+
+
+def _add(bench: Bench, row: dict) -> None:
+    bench.results.add(rounded(row))
+    if "psnr" in row:
+        log.info("%s", line(row))
+
+
+def line(row: dict) -> str:
+    speed = f"{row['speedup']:5.2f}x" if row["speedup"] else "      "
+    distance = f"  frechet {row['frechet']:.3g}" if row.get("frechet") is not None else ""
+    return (
+        f"{row['steps']:3d} steps  {speed}  {row['psnr']:5.1f} +- {row['psnr_ci']:.1f} dB  ssim {row['ssim']:.4f}  "
+        f"l1 {row['rel_l1']:.4f}{distance}  {row['label']}  {row.get('calls') or ''}  ({row.get('took_s', 0):.0f} s)"
+    )
+
+
+def summary(rows: list[dict], steps: list[int]) -> str:
+    """Rows by number of steps and speed."""
+    known = [row for row in rows if "psnr" in row and row["steps"] in steps]
+    known.sort(key=lambda row: (-row["steps"], row["speedup"] or 0.0))
+    return "\n".join(["all rows", *(line(row) for row in known)])
