@@ -27,6 +27,8 @@ TIME_LEAP = 4.0
 # Steps in a row at which the latents leaped and all else went on, until their leaping counts for nothing: some loops
 # (profiling, tests) hand over new noise at every step.
 RESTLESS = 2
+# Generations in a row whose steps were few, until the next is taken to have no more.
+SHORT_IN_A_ROW = 3
 # Streams kept at a time when pipelines interleave on one model.
 MAX_STREAMS = 8
 # Calls that are remembered to learn which inputs recur.
@@ -67,13 +69,15 @@ class Stream:
 @dataclass(frozen=True)
 class Tick:
     """One forward of a model. `fresh`: state must be recomputed, whatever the schedule says. `time`: by the timestep,
-    or by the step where that is not read. `repeats`: all that the clock sees is as it was in the call before."""
+    or by the step where that is not read. `repeats`: all that the clock sees is as it was in the call before.
+    `steps`: how many the generation has, if that was said; else the most that any of the last few had."""
 
     stream: Stream
     step: int
     fresh: bool
     time: float
     repeats: bool = False
+    steps: int | None = None
 
 
 class Clock:
@@ -128,6 +132,7 @@ class InferredClock(Clock):
         self._spare: list[dict] = []
         self._first_time = math.nan
         self._length = 0  # of the generation before, in steps
+        self._so_far, self._lengths = 0, deque(maxlen=SHORT_IN_A_ROW)  # of this generation, and before
         # Of the call that is being read: its stream and step, if the generation goes on.
         self.expected: tuple[Stream, int] | None = None
 
@@ -160,18 +165,21 @@ class InferredClock(Clock):
         else:
             # A first step repeated may be a generation begun again, and what was just learned may not be all.
             repeated = stream.step == 0 and evidence.time == stream.time
-            fresh = self._latents_leaped(stream, evidence) or learned or repeated
+            leaped = self._latents_leaped(stream, evidence) or self._time_leaped(stream, evidence)
+            fresh = leaped or learned or repeated
         if stream.last is not None and evidence.time != stream.time:
             if stream.stride:
                 self._direction = math.copysign(1.0, stream.stride)
             stream.stride = evidence.time - stream.time
         stream.step += 1
+        self._so_far = max(self._so_far, stream.step + 1)
         if stream.step == 1:
             self._spare.clear()
         stream.last = evidence
         self._memory.append(evidence)
         self.live.sort(key=lambda s: s is stream)  # the one called last comes last
-        self.now = Tick(stream, stream.step, fresh, evidence.time, repeats)
+        usual = max(self._lengths) if len(self._lengths) == SHORT_IN_A_ROW else None
+        self.now = Tick(stream, stream.step, fresh, evidence.time, repeats, usual)
         return self.now
 
     def finish(self) -> None:
@@ -233,10 +241,13 @@ class InferredClock(Clock):
             if not stream.stride:
                 self._direction = 0.0  # learned from another schedule, perhaps: learn it again
             return False
-        if stream.stride and abs(move) > TIME_LEAP * abs(stream.stride):
-            return False
         changed, leaped, _ = self._changes(stream, evidence)
+        if self._time_leaped(stream, evidence) and (leaped or not changed):
+            return False  # where the latents go on, it is a schedule with a gap, as some distilled models have
         return not (leaped == changed and changed > 1)
+
+    def _time_leaped(self, stream: Stream, evidence: Evidence) -> bool:
+        return bool(stream.stride) and abs(evidence.time - stream.time) > TIME_LEAP * abs(stream.stride)
 
     def _latents_leaped(self, stream: Stream, evidence: Evidence) -> bool:
         """The one input that varies is unrelated to what it was: another noise, though prompt and time go on."""
@@ -247,6 +258,12 @@ class InferredClock(Clock):
 
     def _changes(self, stream: Stream, evidence: Evidence) -> tuple[int, int, float]:
         return stream.last.changes(evidence, set(range(len(evidence))) - self.conditioning)
+
+    def _next_generation(self) -> None:
+        if self._so_far:
+            self._lengths.append(self._so_far)
+        self._so_far = 0
+        super()._next_generation()
 
     def _begin(self, restarted: Stream | None, evidence: Evidence) -> Stream:
         """A new stream: of a new generation, or a partner in the one whose first step is being made."""

@@ -39,7 +39,7 @@ class CountedClock(Clock):
             stream.history.append(evidence.prints)
         self._calls += 1
         # Content proves nothing before it was seen to stay or to move.
-        self.now = Tick(stream, step, fresh=step <= self.by_content, time=float(step))
+        self.now = Tick(stream, step, fresh=step <= self.by_content, time=float(step), steps=self.steps)
         return self.now
 
     def finish(self) -> None:

@@ -23,9 +23,12 @@ from .passes.sites import Declined
 from .passes.token_order import patch_size
 from .plan import Analysis, Plan, analyse, make_plan
 from .printing import write_kernels
+from .schedule import Program, fewest_steps, pays, programs_of
 
 aten = torch.ops.aten
 
+# Steps of generations whose work is predicted where no number is given: distilled models, and others.
+LENGTHS = (4, 12, 28, 50)
 # What a person can do about a reason; no entry where nothing is to be done.
 ADVICE = {
     Reason.TOO_FEW_TOKENS: "lower options['min_tokens'] if it should be tried all the same",
@@ -41,6 +44,7 @@ ADVICE = {
     Reason.NO_CLOCK: "say where generations start: with chipmunk_compile.generation(model, steps=..., streams=...), "
     "or options={'steps': ..., 'streams': ...}",
     Reason.NO_LASTING_OWNER: "offload whole models or groups of blocks, whose parameters stay the same objects",
+    Reason.FEW_STEPS: "take options={'schedule.warmup': 1}, or more steps",
     Reason.OVER_BUDGET: "raise the memory budget",
 }
 
@@ -75,6 +79,7 @@ class GraphReport:
     detail: str
     dense_flops: int
     delta_flops: int
+    refresh_flops: int
 
 
 @dataclass(frozen=True)
@@ -138,8 +143,23 @@ class Report:
     @property
     def delta_share(self) -> float:
         """Predicted matrix work of a delta step, as a share of a dense step's."""
+        return self._share("delta_flops")
+
+    @property
+    def refresh_share(self) -> float:
+        """The same of a refresh: more than all."""
+        return self._share("refresh_flops")
+
+    def generation_share(self, steps: int) -> float:
+        """The same of a generation of so many steps; 1 where it stays dense."""
+        if not pays(steps, self.config.schedule):
+            return 1.0
+        shares = {Program.REFRESH: self.refresh_share, Program.DELTA: self.delta_share, Program.FORECAST: 0.0}
+        return sum(shares[program] for program in programs_of(steps, self.config.schedule)) / steps
+
+    def _share(self, flops: str) -> float:
         dense = sum(g.dense_flops for g in self.graphs)
-        return sum(g.delta_flops for g in self.graphs) / dense if dense else 1.0
+        return sum(getattr(g, flops) for g in self.graphs) / dense if dense else 1.0
 
     def to_text(self) -> str:
         return "\n".join(self._lines())
@@ -180,12 +200,25 @@ class Report:
         further = f"every {schedule.refresh_every}th" if schedule.refresh_at is None else f"at {listed}"
         lines.append(f"schedule   refresh at the first {schedule.warmup} steps and {further}; delta between")
         lines.append(f"work       a delta step does {self.delta_share:.0%} of a dense step's matrix work (predicted)")
+        lines += [f"           {line}" for line in self._lengths()]
         lines.append(f"state      {_bytes(self.state_bytes)} per stream")
         lines.append(f"order      {self.permutation}")
         lines += [f"           {line}" for line in self.permutation.lines()]
         lines.append(f"clock      {self._clock()}")
         lines += [f"{'capture' if i == 0 else '':<10} {line}" for i, line in enumerate(self.capture.lines())]
         return [f"  {line}" for line in lines]
+
+    def _lengths(self) -> list[str]:
+        """What generations of several lengths, or of the one given, take of a dense one's work."""
+        fewest, asked = fewest_steps(self.config.schedule), self.config.steps
+        if fewest is None:
+            return [f"{Reason.FEW_STEPS.name}: with this schedule every generation stays dense"]
+        if asked is not None and asked < fewest:
+            few = f"{Reason.FEW_STEPS.name}: {asked} steps stay dense; it pays from {fewest} steps on"
+            return [few, f"-> {ADVICE[Reason.FEW_STEPS]}"]
+        lengths = LENGTHS if asked is None else (asked,)
+        shares = ", ".join(f"{n} steps {self.generation_share(n):.0%}" for n in lengths)
+        return [f"a whole generation: {shares}; fewer than {fewest} steps stay dense"]
 
     def _clock(self) -> str:
         if self.config.steps:
@@ -315,7 +348,9 @@ def _graph(analysis: Analysis, plan: Plan | None) -> GraphReport:
     nodes = len(analysis.canonical.graph.nodes) if analysis.canonical else 0
     dense = graph_flops(analysis.canonical) if analysis.canonical else 0
     saved = sum(t.dense_flops - t.delta_flops for t in plan.treatments) if plan is not None else 0
-    return GraphReport(nodes, bool(analysis.inputs.timesteps), analysis.reason, analysis.detail, dense, dense - saved)
+    more = sum(t.refresh_flops - t.dense_flops for t in plan.treatments) if plan is not None else 0
+    timed = bool(analysis.inputs.timesteps)
+    return GraphReport(nodes, timed, analysis.reason, analysis.detail, dense, dense - saved, dense + more)
 
 
 def graph_flops(gm: fx.GraphModule) -> int:

@@ -16,9 +16,10 @@ from .config import Config
 from .evidence import read_evidence
 from .forecast import History
 from .models import Owners, Root
+from .passes.reasons import Reason
 from .plan import Analysis, Inputs, make_plan
 from .programs import Compiler, Programs, is_disabled
-from .schedule import Program, program_at
+from .schedule import Program, pays, program_at
 from .state import Owner, State, allocate
 
 log = logging.getLogger(__name__)
@@ -107,6 +108,7 @@ class Runner(_Called):
         self._dense_until = config.dense_layers if analysis.layers <= config.dense_layers else 0
         self._by_grid: dict[tuple, Programs] = {}
         self.programs: Programs | None = None
+        self._said_too_short = False
 
     def __call__(self, *args):
         owner = self._owners.of(args)
@@ -177,7 +179,8 @@ class Runner(_Called):
             states.pop(key, None)
             states.pop(self, None)
             return programs.run(Program.DENSE, args)
-        if owner.root.forward.layers < self._dense_until:
+        if owner.root.forward.layers < self._dense_until or self._is_too_short(tick):
+            states.pop(key, None)
             outputs = programs.run(Program.DENSE, args)
             owner.root.end_call(self._analysis.layers)
             return outputs
@@ -202,6 +205,15 @@ class Runner(_Called):
             outputs = self._run_program(Program.DELTA if due is Program.FORECAST else due, programs, state, args)
         owner.root.end_call(self._analysis.layers)
         return outputs
+
+    def _is_too_short(self, tick: Tick) -> bool:
+        """Whether the generation has too few steps for any to be less than a dense one, as far as is known."""
+        if tick.steps is None or tick.step >= tick.steps or pays(tick.steps, self._config.schedule):
+            return False
+        if not self._said_too_short:
+            self._said_too_short = True
+            log.info("%s (%d)", Reason.FEW_STEPS.value, tick.steps)
+        return True
 
     def _run_program(self, program: Program, programs: Programs, state: State, args: Sequence):
         state.filled = False  # until the program has run: one that fails half way leaves nothing to build on

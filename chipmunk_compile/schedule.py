@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+from functools import cache
 
 from .config import ScheduleOptions
 
@@ -37,3 +38,21 @@ def program_at(step: int, schedule: ScheduleOptions) -> Program:
         due = any(step - schedule.compute_every < at <= step for at in schedule.refresh_at)
         return Program.REFRESH if due else Program.DELTA
     return Program.DELTA if (computed + schedule.warmup - 1) % schedule.refresh_every else Program.REFRESH
+
+
+def programs_of(steps: int, schedule: ScheduleOptions) -> list[Program]:
+    """The programs of a generation of so many steps."""
+    return [program_at(step, schedule) for step in range(steps)]
+
+
+@cache
+def pays(steps: int, schedule: ScheduleOptions) -> bool:
+    """Whether any step of a generation does less than all: where none does, refreshes would be made for nothing."""
+    return not {Program.DELTA, Program.FORECAST}.isdisjoint(programs_of(steps, schedule))
+
+
+def fewest_steps(schedule: ScheduleOptions) -> int | None:
+    """Of a generation that pays; None if none does."""
+    period = schedule.refresh_every if schedule.refresh_at is None else len(schedule.refresh_at) + 1
+    longest = schedule.warmup + (period + 1) * schedule.compute_every
+    return next((steps for steps in range(1, longest + 1) if pays(steps, schedule)), None)

@@ -59,6 +59,15 @@ class Treatment:
         choice = 2 * site.batch * len(self.chunks) * self.samples * site.hidden * site.in_features * len(site.up)
         return self._flops(self.kept) + choice
 
+    @property
+    def refresh_flops(self) -> int:
+        """The same for a refresh: an attention's columns are chosen, and their share taken off."""
+        if self.site.kind == "mlp" or not self.kept:
+            return self.dense_flops
+        s = self.site
+        sampled = 0 if self.kept == self.columns else len(self.chunks) * self.samples
+        return self.dense_flops + self.delta_flops + 2 * s.batch * s.heads * sampled * s.kv_len * s.head_dim
+
     def _flops(self, columns: int) -> int:
         s = self.site
         if s.kind == "attention":

@@ -43,5 +43,6 @@ class Reason(enum.Enum):
     WALLED_IN = "going around the ops that fix the order of tokens costs more than token order is worth"
     # One call.
     NO_CLOCK = "no evidence of step and stream: no timestep input, no generation(), no steps option"
+    FEW_STEPS = "the generation has so few steps that all of them would be computed in full"
     OVER_BUDGET = "its state does not fit the memory budget"
     DISABLED = "inside chipmunk_compile.disabled()"

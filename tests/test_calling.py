@@ -171,7 +171,10 @@ def test_pictures_denoised_side_by_side_on_one_model(prompts, late):
         assert max(errors) <= max(errors_alone) * 1.25
     if late == 0:
         check(outputs, expected)
-    assert fractions() >= (0.5 if late == 0 else 0.15)
+    # Told apart by nothing but latents, they look like many generations of two steps: then dense costs least.
+    assert fractions() >= (0.5 if late == 0 else 0.12)
+    refreshes = chipmunk_compile.counters()["refresh"] / (2 * 12)
+    assert refreshes <= (0.5 if late == 0 else 0.85)
 
 
 @pytest.mark.parametrize("start", [0.8, 0.5])
