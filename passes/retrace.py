@@ -8,6 +8,7 @@ notes, so nothing is propagated. A tensor that is written to is taken from its m
 
 from __future__ import annotations
 
+import contextlib
 import operator
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -74,15 +75,15 @@ def retrace(gm: fx.GraphModule, inputs: Sequence[Any], export: Callable) -> fx.G
     # The mode in which an export at this place would trace: Dynamo's examples are of another one.
     layouts = _Layouts(detect_fake_mode(inputs) or FakeTensorMode())
     _check_inputs(gm, inputs, layouts)
-    loose, kinds, groups = fx.Graph(), {}, {}
-    first = loose.placeholder("first")  # the others go before it, so that they come ahead of all ops
+    loose, kinds, groups = _Loose(layouts), {}, {}
     for group in _groups(gm):
         key, arguments = _key(group, layouts)
         if key not in kinds:
-            kinds[key] = _loosen(group, arguments, loose, first)
+            kinds[key] = _loosen(group, arguments, loose)
         groups[group.nodes[-1]] = group, kinds[key], arguments
-    loose.erase_node(first)
-    exported = _export_loose(loose, list(kinds.values()), layouts, export)
+    if not kinds:
+        raise Unlike("no ops")
+    exported = _export_loose(loose, list(kinds.values()), export)
     return graph_module(exported, _assemble(gm, groups, layouts))
 
 
@@ -119,11 +120,11 @@ class _Layouts:
             raise Unlike("symbolic sizes")
         return self._numbers.setdefault((shape, stride, value.dtype, value.device), len(self._numbers))
 
-    def fakes(self, nodes: Iterable[Node]) -> list[torch.Tensor]:
-        """A fake tensor for each node of Dynamo's graph, all of them apart in memory."""
+    def fakes(self, numbers: Iterable[int]) -> list[torch.Tensor]:
+        """A fake tensor for each of some layouts, all of them apart in memory."""
         layouts = list(self._numbers)
         with self._mode:
-            wanted = (layouts[self.of(node)] for node in nodes)
+            wanted = (layouts[number] for number in numbers)
             return [torch.empty_strided(*sizes, dtype=dtype, device=device) for *sizes, dtype, device in wanted]
 
 
@@ -215,16 +216,36 @@ def _key(group: _Group, layouts: _Layouts) -> tuple[tuple, list[Node]]:
     return (*called, *(within[node] for node in group.read)), list(inputs)
 
 
-def _loosen(group: _Group, arguments: list[Node], loose: fx.Graph, first: Node) -> _Kind:
-    env = {}
-    with loose.inserting_before(first):
-        for argument in arguments:
-            env[argument] = loose.placeholder(f"input_{len(loose.nodes)}")
-            env[argument].meta["of"] = argument
-    inputs = list(env.values())
+class _Loose:
+    """A graph of loose groups, one of each kind. They share nothing: an op may return its input itself, and what reads
+    that input later would then be traced as reading what the op returned."""
+
+    def __init__(self, layouts: _Layouts) -> None:
+        self.layouts, self.graph = layouts, fx.Graph()
+        self.placeholders: dict[Node, int] = {}  # with their layouts
+        self.first_op: Node | None = None
+
+    def read(self, argument: Node) -> Node:
+        """A placeholder for an input of a group."""
+        with self.graph.inserting_before(self.first_op) if self.first_op else contextlib.nullcontext():
+            placeholder = self.graph.placeholder(f"input_{len(self.placeholders)}")
+        self.placeholders[placeholder] = self.layouts.of(argument)
+        return placeholder
+
+    def call(self, node: Node, env: dict[Node, Node], number: int) -> Node:
+        """A copy of `node`, the `number`-th of its group."""
+        called = self.graph.create_node(node.op, node.target, *map_arg((node.args, node.kwargs), env.__getitem__))
+        self.first_op = self.first_op or called
+        # The export hands these on: they tell what came of which node, and spare it looking for a stack trace.
+        called.meta.update({"nn_module_stack": {"": (str(number), "")}, "stack_trace": "-"})
+        return called
+
+
+def _loosen(group: _Group, arguments: list[Node], loose: _Loose) -> _Kind:
+    inputs = [loose.read(argument) for argument in arguments]
+    env = dict(zip(arguments, inputs))
     for number, node in enumerate(group.nodes):
-        env[node] = loose.create_node(node.op, node.target, *map_arg((node.args, node.kwargs), env.__getitem__))
-        env[node].meta["nn_module_stack"] = {"": (str(number), "")}  # the export hands it on: what came of which
+        env[node] = loose.call(node, env, number)
     expected = [tree_leaves(node.meta.get("example_value")) for node in group.read]
     for node, values in zip(group.read, expected):
         if not values or not all(isinstance(value, FakeTensor) for value in values):
@@ -235,17 +256,20 @@ def _loosen(group: _Group, arguments: list[Node], loose: fx.Graph, first: Node) 
 # --- the export of the loose graph --------------------------------------------------------------------------
 
 
-def _export_loose(loose: fx.Graph, kinds: list[_Kind], layouts: _Layouts, export: Callable) -> fx.GraphModule:
-    loose.output(tuple(node for kind in kinds for node in kind.made))
-    placeholders = [node for node in loose.nodes if node.op == "placeholder"]
+def _export_loose(loose: _Loose, kinds: list[_Kind], export: Callable) -> fx.GraphModule:
+    loose.graph.output(tuple(node for kind in kinds for node in kind.made))
+    fakes = loose.layouts.fakes(loose.placeholders.values())
     try:
-        exported, signature = export(graph_module({}, loose), layouts.fakes(node.meta["of"] for node in placeholders))
+        with fx.traceback.preserve_node_meta(), fx.traceback.set_current_meta(loose.first_op):
+            exported, signature = export(graph_module({}, loose.graph), fakes)
     except Exception as error:  # an op that asks for a value, which the whole graph knows, or cannot be exported at all
         raise Unlike(f"the export failed: {type(error).__name__}") from error
     if signature.buffers_to_mutate or getattr(signature, "user_inputs_to_mutate", None):
         raise Unlike("an op writes to its input")
 
-    own = dict(zip(placeholders, (node for node in exported.graph.nodes if node.op == "placeholder"), strict=True))
+    own = dict(
+        zip(loose.placeholders, (node for node in exported.graph.nodes if node.op == "placeholder"), strict=True)
+    )
     outputs = iter(exported.graph.output_node().args[0])
     order = {node: position for position, node in enumerate(exported.graph.nodes)}
     reached: set[Node] = set()
@@ -256,7 +280,7 @@ def _export_loose(loose: fx.Graph, kinds: list[_Kind], layouts: _Layouts, export
         kind.body = [(node, int(node.meta.get("nn_module_stack", {"": ("0", "")})[""][0])) for node in body]
         reached.update(body)
         for output, value in zip(sum(kind.outputs, []), sum(kind.expected, [])):
-            if layouts.number(output.meta["val"]) != layouts.number(value):
+            if loose.layouts.number(output.meta["val"]) != loose.layouts.number(value):
                 raise Unlike("an op makes another layout than in Dynamo")
     for node in exported.graph.nodes:
         if node.op == "call_function" and node not in reached and node.is_impure():
@@ -284,7 +308,7 @@ def _assemble(gm: fx.GraphModule, groups: dict[Node, tuple[_Group, _Kind, list[N
     graph = fx.Graph()
     made: dict[Node, Any] = {}  # by node of `gm`: a node, or a list of them
     placeholders = [node for node in gm.graph.nodes if node.op == "placeholder"]
-    for node, fake in zip(placeholders, layouts.fakes(placeholders)):
+    for node, fake in zip(placeholders, layouts.fakes(map(layouts.of, placeholders))):
         made[node] = graph.placeholder(node.name)
         made[node].meta["val"] = fake
     for node in gm.graph.nodes:
