@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 from diffusers import WanTransformer3DModel
+from safetensors.torch import load_file
 
 SHARD = "14MB"  # of at most 15 MB, headers and all
 STATE = "state.pt"
@@ -26,14 +27,18 @@ def save_weights(model: WanTransformer3DModel, log: dict, folder: Path) -> None:
 
 
 def load_weights(folder: Path, device, dtype: torch.dtype = torch.float32) -> WanTransformer3DModel:
-    """The model, ready to denoise."""
-    model = WanTransformer3DModel.from_pretrained(folder, torch_dtype=torch.float32, low_cpu_mem_usage=False)
+    """The model, ready to denoise. from_pretrained would want accelerate: this class keeps some weights in float32."""
+    model = WanTransformer3DModel.from_config(WanTransformer3DModel.load_config(folder))
+    weights = {}
+    for path in sorted(folder.glob("diffusion_pytorch_model*.safetensors")):
+        weights |= load_file(path)
+    model.load_state_dict(weights)
     return cast(model.to(device).eval().requires_grad_(False), dtype)
 
 
 def cast(model: WanTransformer3DModel, dtype: torch.dtype) -> WanTransformer3DModel:
-    """Parameters in `dtype`, but for those that diffusers keeps in float32 (norms, the timestep's embedding): what
-    from_pretrained does with accelerate, which is not needed here."""
+    """Parameters in `dtype`, but for those that diffusers keeps in float32 (norms, the timestep's embedding): as
+    from_pretrained does."""
     for name, parameter in model.named_parameters():
         if not set(model._keep_in_fp32_modules).intersection(name.split(".")):
             parameter.data = parameter.data.to(dtype)
@@ -41,13 +46,13 @@ def cast(model: WanTransformer3DModel, dtype: torch.dtype) -> WanTransformer3DMo
 
 
 def has_weights(folder: Path) -> bool:
-    return (folder / "config.json").is_file() and any(folder.glob("*.safetensors"))
+    return (folder / "config.json").is_file() and any(folder.glob("diffusion_pytorch_model*.safetensors"))
 
 
 def digest(folder: Path) -> str:
     """Which weights these are."""
     hashed = hashlib.sha256()
-    for path in sorted(folder.glob("*.safetensors")):
+    for path in sorted(folder.glob("diffusion_pytorch_model*.safetensors")):
         hashed.update(path.read_bytes())
     return hashed.hexdigest()[:12]
 

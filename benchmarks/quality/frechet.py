@@ -75,8 +75,9 @@ def statistics(encoder: Encoder, latents: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @torch.no_grad()
-def real_statistics(encoder: Encoder, subject: Subject, device) -> tuple[Tensor, Tensor]:
-    clips = max(2, REAL // subject.frames)
+def real_statistics(encoder: Encoder, subject: Subject, device, frames: int = REAL) -> tuple[Tensor, Tensor]:
+    """Of so many drawn frames."""
+    clips = max(2, frames // subject.frames)
     source = subject.stream(min(clips, 32), 99, device)
     drawn = []
     while sum(map(len, drawn)) < clips:

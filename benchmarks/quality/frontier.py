@@ -149,7 +149,9 @@ class Bench:
             return
         started = time.perf_counter()
         self.encoder = frechet.train_encoder(self.subject, self.args.checkpoint, self.device, self.args.encoder_seconds)
-        self.real = frechet.real_statistics(self.encoder, self.subject, self.device)
+        self.real = frechet.real_statistics(
+            self.encoder, self.subject, self.device, 64 if self.args.tiny else frechet.REAL
+        )
         log.info("features for the Fréchet distance in %.0f s", time.perf_counter() - started)
 
     def look(self) -> None:
@@ -198,6 +200,7 @@ def run(args: argparse.Namespace) -> Path:
         builder = Builder(
             bench.model, bench.subject, bench.dense, bench.fast,
             lambda called: bench.run(bench.fast(called), 0, max(args.steps)), compiled=not args.eager,
+            **({"min_tokens": 64} if args.tiny else {}),
         )  # fmt: skip
         for same in zip(*(builder.methods(steps) for steps in args.steps)):
             for steps, method in zip(args.steps, same):

@@ -14,60 +14,64 @@ from .subjects import Subject
 
 def inference_sdpa(subject: Subject, batch: int, device: torch.device) -> tuple[str | None, dict[str, float]]:
     """The fastest for the model's self-attention, and milliseconds of each; nothing on a CPU."""
-    found = {name: seconds for name in SDPA if (seconds := _time(subject, batch, False, device, False)(name))}
-    return min(found, key=found.get, default=None), {name: 1e3 * seconds for name, seconds in found.items()}
+    return _fastest(device, subject.heads, batch, subject.tokens, (subject.tokens,), backward=False)
 
 
 def training_sdpa(subject: Subject, batch: int, coarse: bool, device: torch.device) -> str | None:
-    """The same with the gradient. cuDNN's has failed (torch 2.11, 1616 tokens of head dim 64, H200): one that does not
-    run, or whose gradients differ from the other's, is left out."""
-    timed = _time(subject, batch, coarse, device, True)
-    found = {name: seconds for name in SDPA if (seconds := timed(name))}
-    return min(found, key=found.get, default=None)
-
-
-def _time(subject: Subject, batch: int, coarse: bool, device: torch.device, backward: bool):
-    heads, head_dim = subject.heads
+    """The same with the gradient, for self-attention and attention to the text. cuDNN's gradient has failed (torch 2.11,
+    1616 tokens of head dim 64, H200): what does not run, or differs from the other, is left out."""
     tokens = subject.tokens // 4 if coarse else subject.tokens
+    return _fastest(device, subject.heads, batch, tokens, (tokens, subject.phrases), backward=True)[0]
 
-    def run(name: str) -> float | None:
-        """Seconds of one call; None where it does not run, or its gradient is wrong."""
-        if device.type != "cuda":
-            return None
-        generator = torch.Generator(device).manual_seed(0)
-        # As the model makes them: heads last but one in memory.
-        q, k, v = (
-            torch.randn(batch, tokens, heads, head_dim, generator=generator, device=device, dtype=torch.bfloat16)
-            .transpose(1, 2)
-            .requires_grad_(backward)
-            for _ in range(3)
-        )
 
-        def once() -> torch.Tensor:
-            out = F.scaled_dot_product_attention(q, k, v)
-            return torch.autograd.grad(out, q, v)[0] if backward else out
-
+def _fastest(
+    device: torch.device, heads: tuple[int, int], batch: int, tokens: int, kv_lens: tuple[int, ...], backward: bool
+) -> tuple[str | None, dict[str, float]]:
+    if device.type != "cuda":
+        return None, {}
+    found = {}
+    for name in SDPA:
         try:
-            with fastest_sdpa(name), torch.set_grad_enabled(backward):
-                result = once()
-                if backward and not _is_near(result, once, name):
-                    return None
-                torch.cuda.synchronize()
-                started = time.perf_counter()
-                for _ in range(5):
-                    once()
-                torch.cuda.synchronize()
-                return (time.perf_counter() - started) / 5
-        except RuntimeError:
+            parts = [_milliseconds(name, heads, batch, tokens, kv_len, device, backward) for kv_len in kv_lens]
+        except RuntimeError:  # it does not take this shape
+            continue
+        if None not in parts:
+            found[name] = sum(parts)
+    return min(found, key=found.get, default=None), found
+
+
+def _milliseconds(
+    name: str, heads: tuple[int, int], batch: int, tokens: int, kv_len: int, device: torch.device, backward: bool
+) -> float | None:
+    """Of one call; None where its gradient is wrong."""
+    generator = torch.Generator(device).manual_seed(0)
+    # As the model makes them: heads last but one in memory.
+    query, key, value = (
+        torch.randn(batch, length, *heads, generator=generator, device=device, dtype=torch.bfloat16)
+        .transpose(1, 2)
+        .requires_grad_(backward)
+        for length in (tokens, kv_len, kv_len)
+    )
+
+    def once() -> tuple[torch.Tensor, ...]:
+        out = F.scaled_dot_product_attention(query, key, value)
+        return torch.autograd.grad(out, (query, key, value), query) if backward else (out,)
+
+    with torch.set_grad_enabled(backward):
+        with fastest_sdpa(name):
+            results = once()
+        with fastest_sdpa(next(other for other in SDPA if other != name)):
+            expected = once()
+        if not all(_relative_error(a, b) < 2e-2 for a, b in zip(results, expected)):
             return None
+        with fastest_sdpa(name):
+            torch.cuda.synchronize()
+            started = time.perf_counter()
+            for _ in range(5):
+                once()
+            torch.cuda.synchronize()
+    return 1e3 * (time.perf_counter() - started) / 5
 
-    return run
 
-
-def _is_near(gradient: torch.Tensor, once, name: str) -> bool:
-    """Whether it is finite, and as the other kernel has it."""
-    (other,) = (backend for backend in SDPA if backend != name)
-    with fastest_sdpa(other):
-        expected = once()
-    error = (gradient.float() - expected.float()).norm() / expected.float().norm()
-    return bool(error < 2e-2)
+def _relative_error(got: torch.Tensor, expected: torch.Tensor) -> float:
+    return float((got.float() - expected.float()).norm() / expected.float().norm())

@@ -23,15 +23,16 @@ class Builder:
     """Makes methods for one model.
 
     dense: the compiled model, called where the fastest SDPA comes first; fast: puts any other callable there.
-    calibrate(called): a dense generation of a few clips, with a state of its own for each stream.
+    calibrate(called): a dense generation of a few clips, with a state of its own for each stream. extra: options of all
+    our settings.
     """
 
     def __init__(
         self, model: torch.nn.Module, subject: Subject, dense: Callable, fast: Callable, calibrate: Callable,
-        compiled: bool = True,
+        compiled: bool = True, **extra: object,
     ) -> None:  # fmt: skip
         self.model, self.subject, self.dense, self.fast, self.calibrate = model, subject, dense, fast, calibrate
-        self.compiled = compiled
+        self.compiled, self.extra = compiled, extra
         self._ours: dict[tuple, Method] = {}
         self.parts = cache(lambda: caches.Parts(model, compiled))
         self.coefficients = cache(lambda: caches.fit_teacache(self.parts(), calibrate))
@@ -50,7 +51,7 @@ class Builder:
         """As methods.chipmunk: double underscores stand for dots. Compiled once for all numbers of steps."""
         key = tuple(sorted((name, str(value)) for name, value in options.items()))
         if key not in self._ours:
-            self._ours[key] = chipmunk(self.model, **options)
+            self._ours[key] = chipmunk(self.model, **options, **self.extra)
         return self._ours[key]
 
     def _first(self, steps: int) -> Iterator[Method]:
@@ -87,8 +88,8 @@ class Builder:
         # The reference: chunks of 192, 7% of the keys, refreshes at steps 0, 1, 10 and 40 of 50, two dense layers; then
         # with every second step reused.
         reference = {
-            "attention__sparsity": 0.93, "attention__chunk": 192, "mlp__sparsity": 0.7, "schedule__refresh_at": (10, 40),
-            "dense_layers": 2,
+            "attention__sparsity": 0.93, "attention__chunk": 192, "mlp__sparsity": 0.7,
+            "schedule__refresh_at": (10, 40), "dense_layers": 2,
         }  # fmt: skip
         yield self.ours(**reference)
         yield self.ours(**reference, schedule__compute_every=2, forecast__order=0)

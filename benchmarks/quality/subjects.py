@@ -73,11 +73,11 @@ class Subject:
     def stream(self, batch: int, seed: int, device, coarse: bool = False) -> Iterator[tuple[Tensor, Tensor]]:
         """Latents [batch, *self.latents] (half as many rows and columns if coarse), text [batch, phrases, 64]."""
         if self.frames > 1:
-            source = drawing.clips(batch, seed, device, self.frames, self.size)
+            for drawn, text in drawing.clips(batch, seed, device, self.frames, self.size):
+                yield fold(F.avg_pool3d(drawn, (1, 2, 2)) if coarse else drawn), text
         else:
-            source = ((p[:, :, None], text) for p, text in pictures.stream(batch, seed, device, self.size))
-        for drawn, text in source:
-            yield fold(F.avg_pool3d(drawn, (1, 2, 2)) if coarse else drawn), text
+            for drawn, text in pictures.stream(batch, seed, device, self.size // 2 if coarse else self.size):
+                yield fold(drawn[:, :, None]), text
 
     def flops(self, coarse: bool = False) -> float:
         """Of one forward of one clip: matrix products and self-attention."""
@@ -99,7 +99,7 @@ def unfold(latents: Tensor) -> Tensor:
 
 # Videos repeat themselves, so noise hides less of them: a larger shift.
 VIDEO = Subject("video", 16, 96, video_words.PHRASES, 5.0, 2.5, batch=16, coarse_batch=64, measured=4)
-IMAGE = Subject("image", 1, 256, words.TEXT_TOKENS, 3.0, 2.5, batch=48, coarse_batch=192, measured=8)
+IMAGE = Subject("image", 1, 256, words.TEXT_TOKENS, 3.0, 2.5, batch=32, coarse_batch=128, measured=8)
 SUBJECTS = {subject.name: subject for subject in (VIDEO, IMAGE)}
 
 
