@@ -18,8 +18,8 @@ def inference_sdpa(subject: Subject, batch: int, device: torch.device) -> tuple[
 
 
 def training_sdpa(subject: Subject, batch: int, coarse: bool, device: torch.device) -> str | None:
-    """The same with the gradient, for self-attention and attention to the text. cuDNN's gradient has failed (torch 2.11,
-    1616 tokens of head dim 64, H200): what does not run, or differs from the other, is left out."""
+    """The same with the gradient, for self-attention and attention to the text. cuDNN's gradient has failed
+    (torch 2.11, 1616 tokens of head dim 64, H200): what does not run, or differs from the other, is left out."""
     tokens = subject.tokens // 4 if coarse else subject.tokens
     return _fastest(device, subject.heads, batch, tokens, (tokens, subject.phrases), backward=True)[0]
 
