@@ -1,21 +1,25 @@
 """How long until the first delta step, in a process of its own, against Inductor's first step.
 
-    python -m benchmarks.start_up [--blocks 57] [--repeats 2]
+    python -m benchmarks.start_up [--blocks 57] [--repeats 2] [--how whole|blocks]
 
 A FLUX transformer of FLUX.1's depth and tiny width: compile time depends on the depth. Whole and block by block
-(`compile_repeated_blocks`), cold (empty caches on disk) and warm (a second process). Each child process reports the
-seconds from its first call to the end of the step; chipmunk's are those of refresh and delta together, all programs.
-The two alternate. Writes benchmarks/results/start-up-<cpu>.json.
+(`compile_repeated_blocks`), cold (empty caches on disk) and warm (another process, twice). Each child process reports
+what it took from its first call to the end of the step; chipmunk's steps are two refreshes and a delta, all programs.
+Times are seconds of CPU, user and system, of the process and the compilers that it starts, and wall-clock seconds; the
+first hardly depend on what else the machine does. The two backends alternate.
+Writes benchmarks/results/start-up-<cpu>.json.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import logging
 import os
 import pathlib
 import platform
+import resource
 import statistics
 import subprocess
 import sys
@@ -25,10 +29,12 @@ import time
 log = logging.getLogger("start_up")
 RESULTS = pathlib.Path(__file__).parent / "results"
 TOKENS, TEXT = 1024, 32
+STEPS = 8
+BACKENDS = ("inductor", "chipmunk")
 
 
 def child(how: str, backend: str, blocks: int) -> dict[str, float]:
-    """Seconds of one process: its calls until a delta step has run (chipmunk), or a step (Inductor)."""
+    """What one process takes until a delta step has run (chipmunk), or a step (Inductor)."""
     import torch
 
     torch.manual_seed(0)
@@ -37,25 +43,37 @@ def child(how: str, backend: str, blocks: int) -> dict[str, float]:
         model = torch.compile(model, backend=backend)
     else:
         model.compile_repeated_blocks(backend=backend)
-    seconds = []
+    before = now()
     with torch.no_grad():
         if backend == "inductor":
-            seconds.append(timed(model, inputs, 0))
-            return {"first_step_s": sum(seconds), "first_delta_s": sum(seconds)}
-        import chipmunk_compile
-
-        with chipmunk_compile.generation(model, steps=8):
-            while not chipmunk_compile.counters()["delta"]:
-                seconds.append(timed(model, inputs, len(seconds)))
-        counts = chipmunk_compile.counters()
-        assert counts["refresh"] and not counts["dense"], counts
-    return {"first_step_s": seconds[0], "first_delta_s": sum(seconds)}
+            call(model, inputs, 0)
+        else:
+            until_delta(model, inputs)
+    cpu, wall = (after - start for after, start in zip(now(), before))
+    return {"cpu_s": round(cpu, 2), "wall_s": round(wall, 2)}
 
 
-def timed(model, inputs: dict, step: int) -> float:
-    started = time.perf_counter()
-    model(**{**inputs, "timestep": inputs["timestep"] * (1 - step / 8)})
-    return time.perf_counter() - started
+def until_delta(model, inputs: dict) -> None:
+    import chipmunk_compile
+
+    with chipmunk_compile.generation(model, steps=STEPS):
+        for step in range(STEPS):
+            call(model, inputs, step)
+            counts = chipmunk_compile.counters()
+            if counts["delta"]:
+                break
+    if not (counts["refresh"] and counts["delta"]) or counts["dense"]:
+        raise RuntimeError(f"not what is to be measured: {counts}")
+
+
+def call(model, inputs: dict, step: int) -> None:
+    model(**{**inputs, "timestep": inputs["timestep"] * (1 - step / STEPS)})
+
+
+def now() -> tuple[float, float]:
+    """Seconds of CPU, of this process and the children that have ended, and wall-clock seconds."""
+    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(u.ru_utime + u.ru_stime for u in used), time.perf_counter()
 
 
 def tiny_flux(blocks: int):
@@ -79,8 +97,11 @@ def tiny_flux(blocks: int):
 
 def run_child(how: str, backend: str, blocks: int, cache: str) -> dict[str, float]:
     environment = {
-        **os.environ, "TORCHINDUCTOR_CACHE_DIR": os.path.join(cache, "inductor"), "XDG_CACHE_HOME": cache,
-    }  # fmt: skip
+        **os.environ,
+        "TORCHINDUCTOR_CACHE_DIR": os.path.join(cache, "inductor"),
+        "XDG_CACHE_HOME": cache,
+        "OMP_WAIT_POLICY": "PASSIVE",  # threads that wait for a core that another program has are not work
+    }
     command = [sys.executable, "-m", "benchmarks.start_up", "--child", how, backend, "--blocks", str(blocks)]
     printed = subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout
     return json.loads(printed.splitlines()[-1])
@@ -90,6 +111,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--blocks", type=int, default=57)
     parser.add_argument("--repeats", type=int, default=2)
+    parser.add_argument("--how", choices=["whole", "blocks"], action="append")
     parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child:
@@ -97,26 +119,37 @@ def main() -> None:
         return
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     rows = []
-    for how in ("whole", "blocks"):
-        measured: dict[tuple[str, str], list[dict]] = {}
-        for _ in range(args.repeats):
-            for backend in ("inductor", "chipmunk"):
-                with tempfile.TemporaryDirectory() as cache:
-                    for state in ("cold", "warm"):
-                        seconds = run_child(how, backend, args.blocks, cache)
-                        log.info("%s %s %s: %s", how, backend, state, seconds)
-                        measured.setdefault((backend, state), []).append(seconds)
-        for state in ("cold", "warm"):
-            plain, ours = ([m["first_delta_s"] for m in measured[b, state]] for b in ("inductor", "chipmunk"))
-            rows.append({
-                "how": how, "caches": state, "blocks": args.blocks, "inductor_s": statistics.median(plain),
-                "chipmunk_s": statistics.median(ours), "ratio": statistics.median(ours) / statistics.median(plain),
-                "inductor_all_s": plain, "chipmunk_all_s": ours,
-            })  # fmt: skip
+    for how in args.how or ("whole", "blocks"):
+        rows += measure(how, args.blocks, args.repeats)
     write(rows)
     for row in rows:
-        print(f"{row['how']:<8}{row['caches']:<6} Inductor {row['inductor_s']:7.1f} s   "
-              f"chipmunk {row['chipmunk_s']:7.1f} s   {row['ratio']:.2f}x")  # fmt: skip
+        plain, ours = row["inductor"]["cpu_s"], row["chipmunk"]["cpu_s"]
+        ratios = f"{row['cpu_ratio']:.2f}x of CPU, {row['wall_ratio']:.2f}x of wall"
+        print(f"{row['how']:<8}{row['caches']:<6} Inductor {plain:7.1f} s   chipmunk {ours:7.1f} s   {ratios}")
+
+
+def measure(how: str, blocks: int, repeats: int) -> list[dict]:
+    """A row for cold and one for warm caches."""
+    measured: dict[tuple[str, str], list[dict]] = {}
+    for _ in range(repeats):
+        with contextlib.ExitStack() as stack:
+            caches = {backend: stack.enter_context(tempfile.TemporaryDirectory()) for backend in BACKENDS}
+            for state in ("cold", "warm", "warm"):
+                for backend in BACKENDS:
+                    took = run_child(how, backend, blocks, caches[backend])
+                    log.info("%s %s %s: %s", how, backend, state, took)
+                    measured.setdefault((backend, state), []).append(took)
+    rows = []
+    for state in ("cold", "warm"):
+        row: dict = {"how": how, "caches": state, "blocks": blocks}
+        for backend in BACKENDS:
+            all_of = measured[backend, state]
+            row[backend] = {kind: statistics.median(took[kind] for took in all_of) for kind in ("cpu_s", "wall_s")}
+            row[backend]["all"] = all_of
+        for kind in ("cpu", "wall"):
+            row[f"{kind}_ratio"] = round(row["chipmunk"][f"{kind}_s"] / row["inductor"][f"{kind}_s"], 3)
+        rows.append(row)
+    return rows
 
 
 def write(rows: list[dict]) -> None:
