@@ -93,7 +93,8 @@ class Builder:
         }  # fmt: skip
         yield self.ours(**reference)
         yield self.ours(**reference, schedule__compute_every=2, forecast__order=0)
-        for window in ((1, 1, 1), (2, 1, 1), (4, 2, 2)):
+        video = self.subject.frames > 1
+        for window in ((1, 1, 1), (2, 1, 1), (4, 2, 2)) if video else ((0, 1, 1), (0, 2, 1), (0, 2, 2)):
             if self.windowed(window) is not None:
                 share = round(self.windowed(window)[1], 3)
                 yield Method("tile window", {"window": list(window), "kept": share},
