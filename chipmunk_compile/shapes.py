@@ -1,6 +1,7 @@
 """Graphs with symbolic sizes (`dynamic=True`, or Dynamo's own switch at a second resolution): sparse at each size.
 
-A symbolic integer that is no size, such as a timestep, is handed on as a tensor. Strides along axes of size one are
+A symbolic integer that is no size, such as a timestep, is handed on as a tensor. A float that can be none (under
+`dynamic=True` the epsilon of every norm is an input) counts as part of the size. Strides along axes of size one are
 nothing: blocks compiled one by one differ in those alone (a slice of one sample keeps the stride of the batch).
 """
 
@@ -15,7 +16,7 @@ import torch
 from torch import fx
 
 from .config import Config
-from .passes.lift_numbers import lift_numbers
+from .passes.lift_numbers import bind_numbers, lift_numbers, numbers_read
 from .passes.reasons import Reason
 from .plan import analyse
 from .programs import dense_program
@@ -47,20 +48,22 @@ class BySize:
         integers = [i for i in symbolic if isinstance(example_inputs[i], torch.SymInt)]
         self._dynamo, self._numbers = lift_numbers(gm, integers)
         self._symbolic = [i for i in symbolic if i not in self._numbers]
+        self._constants = numbers_read(self._dynamo)
         self._dense = inductor() if symbolic else None
         self._config = config
         self._by_size: dict[tuple, Callable] = {}
         self._lock = threading.Lock()
 
     def __call__(self, *args):
-        size = tuple(map(_layout, map(args.__getitem__, self._symbolic)))
+        constants = tuple(args[i].item() for i in self._constants)
+        size = (*map(_layout, map(args.__getitem__, self._symbolic)), *constants)
         called = self._by_size.get(size)
         lifted = list(args)
         for i in self._numbers:
             lifted[i] = torch.tensor(args[i])
         if called is None:
             with self._lock:
-                called = self._by_size.get(size) or self._make(size, lifted)
+                called = self._by_size.get(size) or self._make(size, constants, lifted)
         return called(*lifted)
 
     def _run_dense(self, *args):
@@ -69,13 +72,12 @@ class BySize:
             plain[i] = int(args[i])
         return self._dense(*plain)
 
-    def _make(self, size: tuple, args: Sequence) -> Callable:
+    def _make(self, size: tuple, constants: Sequence[float], args: Sequence) -> Callable:
         if len(self._by_size) == MOST_SIZES:
             log.info("%s (%d)", Reason.TOO_MANY_SIZES.value, MOST_SIZES)
             return self._run_dense
         # A copy: what is traced for one size must not show in the graph that the next size is traced from.
-        gm = fx.GraphModule(self._dynamo, self._dynamo.graph)
-        gm.meta.update(self._dynamo.meta)
+        gm = bind_numbers(self._dynamo, dict(zip(self._constants, constants)))
         analysis = analyse(gm, args, self._config)
         if self._dense is not None:
             made = callable_for(gm, analysis, self._config, lambda: self._run_dense, self._run_dense)

@@ -7,11 +7,12 @@ program to the host and hide the timestep. Where a number is only a value, never
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 
 import torch
 from torch import fx
 
+from .graphs import graph_module
 from .nodes import aten
 
 _ARITHMETIC = {
@@ -35,26 +36,61 @@ def lift_numbers(gm: fx.GraphModule, integers: Collection[int] = ()) -> tuple[fx
     x * t, t / 1000             ->  the same, of tensors
     item(t)                     ->  to(t, float64)
     """
-    if not integers and not any(node.op == "call_method" and node.target == "item" for node in gm.graph.nodes):
+    if not integers and not _reads(gm.graph):
         return gm, ()
-    graph = fx.Graph()
-    graph.output(graph.graph_copy(gm.graph, {}))
-    placeholders = [n for n in graph.nodes if n.op == "placeholder"]
+    result = _copied(gm)
+    graph, placeholders = result.graph, _placeholders(result)
     lifted = tuple(i for i in integers if _lift(placeholders[i], torch.int64))
-    reads = [n for n in graph.nodes if n.op == "call_method" and n.target == "item"]
-    read = [n for n in reads if _lift(n, torch.float64 if _example(n.args[0]).is_floating_point() else torch.int64)]
+    read = [n for n in _reads(graph) if _lift(n, _dtype_of_number(_example(n.args[0])))]
     for node in read:
         with graph.inserting_before(node):
             node.replace_all_uses_with(_to(graph, node.args[0], _dtype_of_number(_example(node.args[0]))))
         graph.erase_node(node)
     if not lifted and not read:
         return gm, ()
-    result = fx.GraphModule(gm, graph)
+    result.recompile()
+    return result, lifted
+
+
+def numbers_read(gm: fx.GraphModule) -> tuple[int, ...]:
+    """Positions of the inputs that Dynamo's graph reads a number out of, where that lies on the host."""
+    read = {node.args[0] for node in _reads(gm.graph)}
+    return tuple(i for i, n in enumerate(_placeholders(gm)) if n in read and _example(n).device.type == "cpu")
+
+
+def bind_numbers(gm: fx.GraphModule, numbers: Mapping[int, float]) -> fx.GraphModule:
+    """A copy in which those that are read out of the inputs at these positions are constants.
+
+    item(t)  ->  1e-06
+    """
+    result = _copied(gm)
+    values = {node: numbers[i] for i, node in enumerate(_placeholders(result)) if i in numbers}
+    for node in _reads(result.graph):
+        if node.args[0] in values:
+            for user in list(node.users):
+                user.replace_input_with(node, values[node.args[0]])
+            result.graph.erase_node(node)
+    result.recompile()
+    return result
+
+
+def _copied(gm: fx.GraphModule) -> fx.GraphModule:
+    graph = fx.Graph()
+    graph.output(graph.graph_copy(gm.graph, {}))
+    result = graph_module(gm, graph)
     result.meta.update(gm.meta)
-    for new, old in zip(placeholders, gm.graph.nodes):
+    for new, old in zip(_placeholders(result), _placeholders(gm)):
         new._dynamo_source = getattr(old, "_dynamo_source", None)
     result._param_name_to_source = getattr(gm, "_param_name_to_source", None)
-    return result, lifted
+    return result
+
+
+def _placeholders(gm: fx.GraphModule) -> list[fx.Node]:
+    return [node for node in gm.graph.nodes if node.op == "placeholder"]
+
+
+def _reads(graph: fx.Graph) -> list[fx.Node]:
+    return [node for node in graph.nodes if node.op == "call_method" and node.target == "item"]
 
 
 def _lift(source: fx.Node, dtype: torch.dtype) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from chipmunk_compile.passes.lift_numbers import lift_numbers
+from chipmunk_compile.passes.lift_numbers import bind_numbers, lift_numbers, numbers_read
 
 X = torch.randn(3, 4)
 VALUES = {
@@ -45,7 +45,8 @@ def captured(function, kind) -> tuple:
 
     compiled = torch.compile(function, backend=backend)
     outputs = [compiled(X, kind(t)) for t in (857, 714, 571)]
-    return *graphs[-1], outputs[-1]
+    gm, args = graphs[-1]
+    return gm, list(args), outputs[-1]
 
 
 def lifted(gm, args):
@@ -82,3 +83,15 @@ def test_a_graph_without_numbers_is_left_alone():
     graphs = []
     torch.compile(torch.sin, backend=lambda gm, inputs: graphs.append(gm) or gm.forward)(X)
     assert lift_numbers(graphs[0]) == (graphs[0], ())
+
+
+@pytest.mark.parametrize("name", ["beside a tensor of no dimension", "a choice", "half known"])
+def test_what_is_read_from_the_host_can_be_bound(name):
+    gm, args, expected = captured(NOT_ALONE[name], float)
+    before = str(gm.graph)
+    ((position, value),) = [(i, args[i].item()) for i in numbers_read(gm)]
+    bound = bind_numbers(gm, {position: value})
+    assert str(gm.graph) == before and numbers_read(bound) == ()
+    assert len(bound.graph.find_nodes(op="placeholder")) == len(args)
+    args[position].fill_(torch.nan)  # is not read any more
+    torch.testing.assert_close(bound(*args)[0], expected, rtol=0, atol=0)
