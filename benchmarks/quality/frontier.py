@@ -58,7 +58,8 @@ class Bench:
                  "sdpa": self.sdpa, "sdpa_ms": rounded(sdpa_ms)}  # fmt: skip
         path = args.output or default_path(f"quality-{self.subject.name}")
         before = json.loads(path.read_text()) if path.is_file() else {}
-        head |= {name: before[name] for name in ("attention_mass", "frechet_dense") if name in before}
+        if before.get("sources") == head["sources"]:
+            head |= {name: before[name] for name in ("attention_mass", "frechet_dense") if name in before}
         self.results = Results(path, head, args.again, KEY)
         self.expected: dict[int, Tensor] = {}
         self.dense_seconds: dict[int, list[float]] = {}
