@@ -77,12 +77,17 @@ def test_every_row_of_the_table_has_a_case():
         assert size in tokens
 
 
-ROW = dict(kernel="k", shape="s", counts="equal", chunk=64, ms=1.0, tflops=9.0, ratio=3.0, ideal_ratio=4.0)
-WHOLE = {"device": "some GPU", "rows": [ROW, {"kernel": "copy", "shape": "4 GiB", "ms": 2.0}]}
+ROW = dict(kernel="k", shape="s", counts="equal", chunk=64, ms=1.0, tflops=9.0, peak_temp_bytes=1_500_000)
+DELTA = dict(**ROW, ratio=3.0, ideal_ratio=4.0)
+REFRESH = dict(**ROW, ratio=0.8, ideal_ratio=1.0, cost=1.25)
+WHOLE = {"device": "some GPU", "rows": [DELTA, REFRESH, {"kernel": "copy", "shape": "4 GiB", "ms": 2.0}]}
 
 
 def test_the_table_holds_what_is_compared_with_dense():
-    assert kernels_report.markdown(WHOLE).splitlines()[2:] == ["| k | s | equal | 64 | 1 | 9 | 3.00x | 4.0x |"]
+    assert kernels_report.markdown(WHOLE).splitlines()[2:] == [
+        "| k | s | equal | 64 | 1 | 9 | 3.00x | 4.0x | 1.5 |",
+        "| k | s | equal | 64 | 1 | 9 | costs 1.25x | 1.0x | 1.5 |",
+    ]
 
 
 def test_the_plot(path):
