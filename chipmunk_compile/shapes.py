@@ -36,8 +36,8 @@ def is_symbolic(value: Any) -> bool:
 class BySize:
     """One symbolic graph: a Runner for each of the first MOST_SIZES sizes, Inductor's symbolic program for all else.
 
-    inductor: compiles that program, while Dynamo's own tracing context stands. A graph of which no size varies needs
-    none.
+    inductor: compiles that program, while Dynamo's own tracing context stands. A graph of which neither size nor number
+    varies needs none.
     """
 
     def __init__(
@@ -49,7 +49,7 @@ class BySize:
         self._dynamo, self._numbers = lift_numbers(gm, integers)
         self._symbolic = [i for i in symbolic if i not in self._numbers]
         self._constants = numbers_read(self._dynamo)
-        self._dense = inductor() if symbolic else None
+        self._dense = inductor() if symbolic or self._constants else None
         self._config = config
         self._by_size: dict[tuple, Callable] = {}
         self._lock = threading.Lock()
