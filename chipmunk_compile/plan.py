@@ -30,6 +30,7 @@ from .passes.permute_tokens import (
     run_order,
     site_chunks,
 )
+from .passes.permuted_sites import permuted_sites
 from .passes.quantised import mark_quantised, stand_ins
 from .passes.reasons import Reason
 from .passes.sites import AttentionSite, Declined, MlpSite
@@ -129,6 +130,7 @@ def analyse(gm: fx.GraphModule, example_inputs: Sequence[Any], config: Config) -
         return Analysis(inputs, canonical, declined=declined, reason=Reason.NO_OWNER)
     axes = analyse_tokens(canonical)
     permutation = _permute(canonical, sites, axes, inputs, config)
+    sites = permuted_sites(sites)
     return Analysis(inputs, canonical, tuple(sites), declined, permutation, axes, layers)
 
 

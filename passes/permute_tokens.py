@@ -21,6 +21,7 @@ from torch import fx
 from .canonical import clean
 from .collector import collector_paused
 from .naming import module_path
+from .permuted_sites import ungathered
 from .reasons import Reason
 from .sites import AttentionSite, Declined, MlpSite
 from .token_axis import Piece, Rope, TokenAxes, Value, analyse_tokens
@@ -248,7 +249,7 @@ def _walls(regions: Iterable[_Region]) -> Iterator[Wall]:
 
 
 def permute_tokens(gm: fx.GraphModule, plan: PermutationPlan) -> fx.GraphModule:
-    """Puts the gathers of `plan` into `gm` (in place; its nodes and sites stay what they are) and returns it.
+    """Puts the gathers of `plan` into `gm` (in place) and returns it; `permuted_sites` says what its sites read then.
 
     Before: f(*inputs). After: f(*inputs, *index_inputs(plan, orders)), equal up to rounding for any orders.
     Each gather is an `aten.index_select`; the result of a fixed one has `meta["kept"] = True` (`keep_gathers`).
@@ -350,8 +351,8 @@ def site_chunks(
 def _tokens_of(axes: TokenAxes, site: AttentionSite | MlpSite) -> Rope:
     """The axis of a site's tokens. If an MLP sees it flattened with the batch, samples are alike."""
     if isinstance(site, AttentionSite):
-        return axes.rope(site.query, -2)
-    leading = axes.ropes[site.input, 0][:-1]
+        return axes.rope(ungathered(site.query), -2)
+    leading = axes.ropes[ungathered(site.input), 0][:-1]
     rope: Rope = next((rope for rope in reversed(leading) if rope), ())
     length = 0
     for k, piece in enumerate(rope, start=1):

@@ -1,13 +1,17 @@
 """Refresh and delta programs with permuted tokens: state lives in the new order, and nothing else changes."""
 
+import math
+from functools import partial
+
 import pytest
 import torch
+import torch.nn.functional as F
 
 import chipmunk_compile
-from chipmunk_compile.passes.permute_tokens import PermutationPlan
+from chipmunk_compile.passes.permute_tokens import PermutationPlan, plan_permutation
 from chipmunk_compile.passes.token_order import token_order
 from tests.positioned_dit import PositionedLoop, position_ids, positioned
-from tests.toy_dit import compile_toy, worst
+from tests.toy_dit import Block, compile_toy, worst
 
 pytestmark = pytest.mark.usefixtures("uncompiled")
 ODD, SQUARE = (21, 23), (24, 24)
@@ -78,3 +82,24 @@ def test_sparse_steps_are_those_of_a_model_that_was_given_its_tokens_in_that_ord
     given, _ = run(twin, grids, batch, inputs_order=order, order="raster", **sparse)
     assert worst([output[:, order] for output in permuted], given) < 1e-4
     assert worst(permuted, dense(model, grids, batch)) > 1e-3
+
+
+@pytest.mark.parametrize("place", ["values", "mlp"])
+def test_operands_that_tokens_are_gathered_for_right_before(place, monkeypatch):
+    """A sum along the tokens fixes their order; what reads it is inside the permuted region all the same."""
+
+    def attend(self, q, k, v):
+        return F.scaled_dot_product_attention(q, k, v if place == "mlp" else (v / 10).cumsum(-2))
+
+    def mlp(self, x):
+        return Block.mlp(self, (x / 10).cumsum(-2) if place == "mlp" else x)
+
+    # In a model as small as this one the gathers around a sum cost more than they bring.
+    monkeypatch.setattr("chipmunk_compile.plan.plan_permutation", partial(plan_permutation, share=math.inf))
+    model = positioned(text="nowhere")
+    model.blocks[1].__class__ = type("Summing", (Block,), {"attend": attend, "mlp": mlp})
+    outputs, runner = run(model, (ODD,), **EXACT)
+    plan = runner._analysis.permutation
+    assert isinstance(plan, PermutationPlan) and any("cumsum" in gather.name for gather in plan.gathers), plan
+    assert all(len(served) == 6 for served in plan.served)
+    assert worst(outputs, dense(model, (ODD,))) < 1e-5
