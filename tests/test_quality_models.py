@@ -1,5 +1,6 @@
 """Models trained for quality against time: moving scenes, training in stretches, checkpoints, the harness."""
 
+import importlib.util
 import json
 from itertools import islice
 
@@ -192,7 +193,8 @@ def test_harness(model, tmp_path, uncompiled):
     assert len(whole["attention_mass"]["layers"]) == 2
     command.main(asked)
     assert json.loads(output.read_text())["rows"] == whole["rows"]
-    assert plot.draw(output).read_text().startswith("<?xml")
+    if importlib.util.find_spec("matplotlib"):  # tests do without
+        assert plot.draw(output).read_text().startswith("<?xml")
 
 
 def test_settings_are_the_same_for_all_numbers_of_steps(model):
