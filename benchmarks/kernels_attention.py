@@ -84,9 +84,9 @@ def _refresh(shape: AttentionShape, chunk: int) -> dict:
         distance(_dense_pairs(query, key, value, starts, o)),
     )
     ms, dense = milliseconds(run), _dense(shape)
-    lse = cuda_attention._dense(query, key, value, None, SCALE)[1]
+    lse = (cuda_attention._fused(query, key, value, SCALE) or (None, None))[1]
     if lse is None:
-        lse = cuda_attention._sampled_lse(query, key, None, sampled, SCALE)
+        lse = cuda_attention._lse(query, key, None, sampled, SCALE)
     choose = milliseconds(lambda: cuda_attention._choose_columns(query, key, None, sampled, lse, *state[1:], SCALE))
     return dict(
         sparsity=1 - shape.kept / shape.tokens, ms=ms, tflops=shape.dense_flops / ms / 1e9, **against(dense, ms),

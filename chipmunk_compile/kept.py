@@ -32,22 +32,26 @@ class Keeper:
         if self._program is None:
             return
         read = [inputs[position] for position in self._reads]
-        if state.kept_from is not None and _unchanged(state.kept_from, read):
+        if state.kept_from is not None and unchanged(state.kept_from, read):
             return
         state.kept_from = None  # until the program has run
         with torch.no_grad():
             self._program(*inputs, *state.tensors[-self._count :])
-        state.kept_from = [_mark(value) for value in read]
+        state.kept_from = marks(read)
+
+
+def marks(values: Sequence[Any]) -> list[tuple[Any, Any]]:
+    """What tells later whether values are still the same ones."""
+    return [_mark(value) for value in values]
 
 
 def _mark(value: Any) -> tuple[Any, Any]:
-    """What tells whether a value is still the same one."""
     if not isinstance(value, torch.Tensor):
         return None, value
     return weakref.ref(value), None if value.is_inference() else value._version
 
 
-def _unchanged(marks: list[tuple[Any, Any]], values: list[Any]) -> bool:
+def unchanged(marks: list[tuple[Any, Any]], values: Sequence[Any]) -> bool:
     """Inference tensors have no version: they always count as changed."""
     for (reference, version), value in zip(marks, values):
         if reference is None:

@@ -16,10 +16,11 @@ from torch import fx
 
 from . import telemetry
 from .config import Config
-from .kept import Keeper
+from .kept import Keeper, marks, unchanged
 from .kernels import cpu, ops
 from .passes.collector import collector_paused
 from .passes.graphs import graph_module
+from .passes.key_masks import mask_inputs
 from .passes.lower import StateTensor, kept_state, lift_state, lower
 from .plan import Plan
 from .schedule import Program
@@ -59,23 +60,30 @@ class Programs:
         """compiler: Inductor when not given; a test may run graphs as they are. dense: compiled already."""
         self._dynamo, self.plan, self._config = dynamo, plan, config
         self._compiler = compiler or compile_graph
-        self._compiled: dict[Program, Callable] = {Program.DENSE: dense} if dense is not None else {}
+        self._compiled: dict[tuple[Program, bool], Callable] = {}
+        if dense is not None:
+            self._compiled[Program.DENSE, False] = dense
         self._tables: list[torch.Tensor] | None = None
         self._lock = threading.RLock()
         self.state = [*lift_state(plan.treatments), *kept_state(plan.canonical)]
         self._keeper = Keeper(plan.canonical)
+        self._mask_inputs = mask_inputs(plan.canonical, [treatment.site for treatment in plan.treatments])
 
     def run(self, program: Program, args: Sequence, state: State | None = None):
         lifted = self._lifted(state) if state is not None else []
+        masks_hold = False
         if program is Program.REFRESH:
             state.kept_from = None
+            state.masks_from = marks(self._masks(args))
         elif program is Program.DELTA:
             self._keeper.update(state, [*args, *self._orders])
-        compiled = self._compiled.get(program)
+            masks_hold = bool(self._mask_inputs) and unchanged(state.masks_from, self._masks(args))
+        compiled = self._compiled.get((program, masks_hold))
         if compiled is None:
             with self._lock:
-                compiled = self._compiled.get(program) or self._compile(program, [*args, *lifted])
-                self._compiled[program] = compiled
+                compiled = self._compiled.get((program, masks_hold))
+                compiled = compiled or self._compile(program, masks_hold, [*args, *lifted])
+                self._compiled[program, masks_hold] = compiled
         telemetry.count(program.value)
         return compiled(*args, *lifted)
 
@@ -83,11 +91,17 @@ class Programs:
         return [tensor for tensor in self.state if tensor.scope == scope]
 
     @collector_paused()
-    def graph(self, program: Program) -> fx.GraphModule:
-        """A fresh copy of the program's graph, as Inductor gets it."""
+    def graph(self, program: Program, masks_hold: bool = False) -> fx.GraphModule:
+        """A fresh copy of the program's graph, as Inductor gets it. masks_hold: of `lower`."""
         if program is Program.DENSE:
             return _copy(self._dynamo)
-        return _with_dynamo_metadata(lower(self.plan.canonical, self.plan.treatments, program.value), self._dynamo)
+        lowered = lower(self.plan.canonical, self.plan.treatments, program.value, masks_hold)
+        return _with_dynamo_metadata(lowered, self._dynamo)
+
+    def _masks(self, args: Sequence) -> list:
+        """What the boolean key masks are made from: as long as that stays, a delta does without them."""
+        inputs = [*args, *self._orders]
+        return [inputs[position] for position in self._mask_inputs]
 
     def _lifted(self, state: State) -> list[torch.Tensor]:
         """All lifted tensors in the order in which the programs take them: token orders first."""
@@ -98,11 +112,11 @@ class Programs:
         scopes = {"table": iter(self._tables), "weights": iter(state.weights.tensors), "stream": iter(state.tensors)}
         return [*self._orders, *(next(scopes[tensor.scope]) for tensor in self.state)]
 
-    def _compile(self, program: Program, args: list) -> Callable:
+    def _compile(self, program: Program, masks_hold: bool, args: list) -> Callable:
         if program is not Program.DENSE and self.state[0].device.type == "cpu":
             for treatment in self.plan.treatments:  # the C++ ops, built here rather than within a step
                 cpu.prepare(getattr(treatment.site, "region", None))
-        graph = self.graph(program)
+        graph = self.graph(program, masks_hold)
         telemetry.trace_artifact(program.value, lambda: graph.print_readable(print_output=False))
         started = time.perf_counter()
         compiled = self._compiler(graph, args, self._config)

@@ -26,6 +26,7 @@ class State:
     filled: bool = False
     weights: State | None = None
     kept_from: list | None = None  # what the kept gathers among `tensors` were made from (`kept.Keeper`)
+    masks_from: list | None = None  # what the boolean key masks of the refresh were made from
 
     @property
     def bytes(self) -> int:

@@ -49,7 +49,7 @@ class Workspace:
 
 def attention_refresh(
     query, key, value, key_mask, chunk_starts, sample_tokens, o_cache, columns, counts,
-    scale: float, chunk: int,
+    scale: float, chunk: int, attended=(),
 ) -> torch.Tensor:  # fmt: skip
     """As reference.attention_refresh."""
     o = reference.dense_attention(query, key, value, key_mask, scale)

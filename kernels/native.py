@@ -16,7 +16,7 @@ from . import blocked, native_build, reference
 
 def attention_refresh(
     query, key, value, key_mask, chunk_starts, sample_tokens, o_cache, columns, counts,
-    scale: float, chunk: int,
+    scale: float, chunk: int, attended=(),
 ) -> torch.Tensor:  # fmt: skip
     """As reference.attention_refresh; dense attention included, because its weights serve the sparse part."""
     bias = reference.key_bias(key_mask)

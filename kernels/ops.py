@@ -34,9 +34,13 @@ def why_slow(dtype: torch.dtype, device: torch.device) -> str | None:
 # --- what an op demands of its arguments: kernels take raw pointers, so this stands before every one ---
 
 
-def _check_attention_refresh(query, key, value, key_mask, chunk_starts, sample_tokens, *rest) -> None:
-    _check_attention_delta(query, key, value, key_mask, chunk_starts, *rest)
+def _check_attention_refresh(
+    query, key, value, key_mask, chunk_starts, sample_tokens, o_cache, columns, counts, scale, chunk, attended=()
+) -> None:
+    _check_attention_delta(query, key, value, key_mask, chunk_starts, o_cache, columns, counts, scale, chunk)
     _check_tables(sample_tokens)
+    if len(attended) and not 0 <= attended[0] < attended[-1] <= key.shape[2]:
+        raise ValueError(f"attended must be nothing or (start, stop) of {key.shape[2]} keys: got {tuple(attended)}")
 
 
 def _check_attention_delta(query, key, value, key_mask, chunk_starts, o_cache, columns, counts, scale, chunk) -> None:
@@ -164,8 +168,8 @@ def _define(schema: str, check, empty, flops) -> None:
 
 _define(
     """attention_refresh(Tensor query, Tensor key, Tensor value, Tensor? key_mask, Tensor chunk_starts,
-    Tensor sample_tokens, Tensor(a!) o_cache, Tensor(b!) columns, Tensor(c!) counts, float scale, int chunk)
-    -> Tensor""",
+    Tensor sample_tokens, Tensor(a!) o_cache, Tensor(b!) columns, Tensor(c!) counts, float scale, int chunk,
+    int[] attended=[]) -> Tensor""",
     _check_attention_refresh,
     _like_query,
     _attention_refresh_flops,

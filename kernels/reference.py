@@ -119,6 +119,17 @@ def dense_attention(query, key, value, key_mask, scale: float) -> torch.Tensor:
     return o.transpose(1, 2).contiguous().transpose(1, 2)
 
 
+def merge(o, lse, other, other_lse) -> None:
+    """In place: attention over some keys, with its log-sum-exp [B, H, N], becomes attention over others' keys, too.
+
+    softmax over both is each softmax by its share of the weight. The first attends something; the other may attend
+    nothing: its log-sum-exp is -inf then, and its output zero.
+    """
+    share = (other_lse - lse).sigmoid()[..., None]  # of the other one, [B, H, N, 1]
+    o.mul_(1.0 - share).addcmul_(other, share)
+    torch.logaddexp(lse, other_lse, out=lse)
+
+
 def choose(scores: torch.Tensor, valid: torch.Tensor | None, kept: int) -> tuple[torch.Tensor, torch.Tensor]:
     """The `kept` best columns of each row of scores [..., M], of those that are valid (None: all).
 
@@ -147,9 +158,12 @@ def masked_softmax(logits: torch.Tensor, allowed: torch.Tensor) -> torch.Tensor:
 
 def attention_refresh(
     query, key, value, key_mask, chunk_starts, sample_tokens, o_cache, columns, counts,
-    scale: float, chunk: int,
+    scale: float, chunk: int, attended=(),
 ) -> torch.Tensor:  # fmt: skip
-    """Dense attention. State: columns by attention mass, o_cache = dense - softmax over them alone @ V."""
+    """Dense attention. State: columns by attention mass, o_cache = dense - softmax over them alone @ V.
+
+    attended: (start, stop) of keys that a boolean mask is expected to leave open, or nothing. It changes no result.
+    """
     o = dense_attention(query, key, value, key_mask, scale)
     kept, total = columns.shape[-1], key.shape[2]
     bias = key_bias(key_mask, wide(query.dtype))

@@ -21,6 +21,7 @@ from ..kernels.reference import sample_table
 from .canonical import clean
 from .graphs import graph_module
 from .keep_gathers import kept_gathers, use_kept
+from .key_masks import attended_keys, has_boolean_mask
 from .quantised import call_quantised
 from .sites import AttentionSite, MlpSite
 
@@ -116,8 +117,12 @@ def kept_state(gm: fx.GraphModule) -> list[StateTensor]:
     ]
 
 
-def lower(gm: fx.GraphModule, treatments: Sequence[Treatment], program: str) -> fx.GraphModule:
+def lower(
+    gm: fx.GraphModule, treatments: Sequence[Treatment], program: str, masks_hold: bool = False
+) -> fx.GraphModule:
     """A copy of canonical `gm` with each treated site replaced; `program` is "refresh" or "delta".
+
+    masks_hold: boolean key masks are those of the refresh, by which columns were chosen: a delta needs them no more.
 
     attention:  sdpa(q, k, v)               ->  chipmunk.attention_refresh / attention_delta
     mlp:        linear(act(linear(x)))      ->  the same + copy_ into the caches / chipmunk.mlp_delta
@@ -142,7 +147,7 @@ def lower(gm: fx.GraphModule, treatments: Sequence[Treatment], program: str) -> 
     for number, treatment in enumerate(treatments):
         build = _BUILDERS[treatment.site.kind, program]
         node = env[treatment.site.node]
-        result = build(_Site(graph, env, state, number, treatment, node), node)
+        result = build(_Site(graph, env, state, number, treatment, node, masks_hold), node)
         if result is not node:
             result.meta.update(node.meta)
             node.replace_all_uses_with(result)
@@ -204,9 +209,9 @@ def _contiguous(shape: tuple[int, ...]) -> tuple[int, ...]:
 class _Site:
     """Builds nodes one behind the other, the first behind the site's own node."""
 
-    def __init__(self, graph, env, state, number: int, treatment: Treatment, node: fx.Node) -> None:
+    def __init__(self, graph, env, state, number: int, treatment: Treatment, node: fx.Node, masks_hold: bool) -> None:
         self.graph, self.env, self.state, self.number, self.treatment = graph, env, state, number, treatment
-        self.site = treatment.site
+        self.site, self.masks_hold = treatment.site, masks_hold
         self._last = node
 
     def cache(self, name: str) -> fx.Node:
@@ -233,16 +238,24 @@ def _refresh_attention(at: _Site, node: fx.Node) -> fx.Node:
         torch.ops.chipmunk.attention_refresh.default,
         *(at.node(n) for n in (site.query, site.key, site.value, site.key_mask)),
         starts, samples, at.cache("o_cache"), at.cache("columns"), at.cache("counts"), site.scale, at.treatment.chunk,
+        *_mostly_open(site),
     )  # fmt: skip
+
+
+def _mostly_open(site: AttentionSite) -> list[list[int]]:
+    """The keys that a mask is expected to leave open, where they are most of them."""
+    start, stop = attended_keys(site.key_mask) or (0, 0)
+    return [[start, stop]] if 2 * (stop - start) > site.kv_len else []
 
 
 def _delta_attention(at: _Site, node: fx.Node) -> fx.Node:
     site, (starts, _) = at.site, at.tables()
     if not at.treatment.kept:
         return at.call(aten.clone.default, at.cache("o_cache"))
+    mask = None if at.masks_hold and has_boolean_mask(site) else site.key_mask
     return at.call(
         torch.ops.chipmunk.attention_delta.default,
-        *(at.node(n) for n in (site.query, site.key, site.value, site.key_mask)),
+        *(at.node(n) for n in (site.query, site.key, site.value, mask)),
         starts, at.cache("o_cache"), at.cache("columns"), at.cache("counts"), site.scale, at.treatment.chunk,
     )  # fmt: skip
 

@@ -105,7 +105,7 @@ def compare(activation, batch, dtype, steps):
             emulator.delta = step > 0
             expected = truth(*(t.double() for t in inputs))
             errors.append(((output.double() - expected).norm() / expected.norm()).item())
-    assert runners[0].programs._compiled.keys() == {Program.REFRESH, Program.DELTA}
+    assert runners[0].programs._compiled.keys() == {(Program.REFRESH, False), (Program.DELTA, False)}
     return errors
 
 

@@ -2,6 +2,7 @@
 
     python -m tests.gpu.shapes                          every shape, with the forms that the tuning tables choose
     python -m tests.gpu.shapes --form 3 --output f.json   those of one form of the warp-specialised kernels
+    python -m tests.gpu.shapes --part 2/4               every fourth shape, from the third on: sanitizers side by side
 
 Prints a line for each shape; the exit status says whether all were right.
 """
@@ -48,6 +49,15 @@ ATTENTION = {
     "head_dim 80": dict(segments=(200,), chunk=128, kept=64, head_dim=80),
     "head_dim 256": dict(segments=(130,), chunk=64, kept=40, head_dim=256),
     "boolean mask": dict(batch=2, segments=(400, 19), chunk=128, kept=64, head_dim=96, mask="bool"),
+    "text padding": dict(
+        batch=2, segments=(400, 77), chunk=128, kept=96, head_dim=128, mask="padding", attended=(0, 400)
+    ),
+    "more than text padding": dict(
+        batch=3, segments=(77, 400), chunk=64, kept=96, head_dim=64, mask="padding and more", attended=(77, 477)
+    ),
+    "every key expected open": dict(
+        batch=2, segments=(400,), chunk=64, kept=96, head_dim=128, mask="padding and more", attended=(0, 400)
+    ),
     "additive mask": dict(batch=2, segments=(400, 19), chunk=64, kept=200, head_dim=128, mask="additive"),
     "heads first": dict(segments=(256,), chunk=64, kept=48, head_dim=128, layout="heads first"),
     "fused projection": dict(segments=(256,), chunk=128, kept=48, head_dim=64, layout="fused"),
@@ -148,6 +158,7 @@ def run(arguments: dict, device: str = "cuda") -> dict[str, float]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--form", type=int, help="a place in forms()")
+    parser.add_argument("--part", default="0/1", metavar="K/N", help="every Nth shape, from number K on")
     parser.add_argument("--output", type=Path, help="JSON: {shape: what was wrong, or nothing}")
     options = parser.parse_args()
     torch.manual_seed(torch.seed() % 2**32)
@@ -158,8 +169,9 @@ def main() -> int:
         shapes, overrides = list(form.shapes()), tuning.override(form.override())
         print(form.name, flush=True)
     wrong: dict[str, str] = {}
+    first, every = map(int, options.part.split("/"))
     with overrides:
-        for name, arguments in shapes:
+        for name, arguments in shapes[first::every]:
             try:
                 run(arguments)
                 wrong[name] = ""

@@ -22,6 +22,12 @@ ATTENTION: dict[str, dict] = {
     "grouped queries, longer keys": dict(heads=4, kv_heads=2, segments=(33,), kv_len=75),
     "boolean mask": dict(batch=2, segments=(50,), mask="bool", kept=17),
     "additive mask, few open": dict(segments=(40,), mask="additive", kept=39, layout="fused"),
+    "text padding": dict(batch=2, segments=(50, 9), mask="padding", kept=17, attended=(0, 50)),
+    "text padding at both ends, head_dim 72": dict(
+        heads=1, head_dim=72, segments=(60,), mask="padding", attended=(7, 52), dtype=HALF
+    ),
+    "more than text padding": dict(batch=3, segments=(40,), mask="padding and more", attended=(10, 40), kept=25),
+    "every key expected open": dict(batch=2, segments=(40,), mask="padding and more", attended=(0, 40)),
     "overflow": dict(segments=(64,), peaked=True),
     "patches, head_dim 80": dict(heads=1, head_dim=80, segments=(30, 24, 30), chunk=30, kept=32),
     "odd samples, odd kept": dict(segments=(61,), samples=3, kept=33, layout="heads first"),

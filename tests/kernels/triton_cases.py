@@ -34,13 +34,14 @@ def distance(actual: torch.Tensor, expected: torch.Tensor) -> float:
 
 def attention(
     device="cpu", dtype=torch.float32, batch=1, heads=2, kv_heads=None, segments=(100,), kv_len=None, head_dim=32,
-    chunk=32, kept=20, samples=4, mask=None, layout="heads last", peaked=False,
+    chunk=32, kept=20, samples=4, mask=None, layout="heads last", peaked=False, attended=(),
 ) -> dict[str, float]:  # fmt: skip
     """A refresh, then deltas on new inputs: relative errors, and the part of the best columns' mass that is missed.
 
     layout: "heads last", as diffusers has it, "heads first", or "fused" (one projection). peaked: logits so large that
-    weights relative to the first columns overflow. Deltas run with the refresh's counts, with random ones from 0 on,
-    and with a chunk that sees every key.
+    weights relative to the first columns overflow. mask: "bool" or "additive", at random; "padding" closes keys outside
+    `attended` alone, "padding and more" one inside too, of the last batch item. Deltas run with the refresh's counts,
+    with random ones from 0 on, and with a chunk that sees every key.
     """
     tokens, total, scale = sum(segments), kv_len or sum(segments), head_dim**-0.5
 
@@ -57,7 +58,10 @@ def attention(
     if mask:
         open_keys = torch.rand(batch, 1, 1, total, device=device) > 0.3
         additive = torch.where(open_keys, torch.randn(open_keys.shape, device=device), -torch.inf).to(dtype)
-        key_mask = open_keys if mask == "bool" else additive
+        if mask.startswith("padding"):
+            open_keys[..., slice(*attended)] = True
+            open_keys[-1, ..., attended[0]] = mask == "padding"
+        key_mask = additive if mask == "additive" else open_keys
     wide_mask = key_mask if key_mask is None or key_mask.dtype == torch.bool else key_mask.double()
     starts = reference.chunk_table(segments, chunk)
     sampled = reference.sample_table(starts, samples).to(device)
@@ -65,7 +69,7 @@ def attention(
     query, key, value = inputs()
     with poisoned():
         state = reference.attention_state(batch, heads, tokens, total, head_dim, kept, len(starts) - 1, dtype, device)
-        o = cuda.attention_refresh(query, key, value, key_mask, starts, sampled, *state, scale, chunk)
+        o = cuda.attention_refresh(query, key, value, key_mask, starts, sampled, *state, scale, chunk, attended)
     o_cache, columns, counts = state
 
     def sparse(q, k, v, counts) -> torch.Tensor:
