@@ -57,6 +57,9 @@ class ForecastOptions:
 
     order: int = 1
     """Of the extrapolation, in the timestep: 0 reuses the last output, 1 is a line, 2 a parabola."""
+    tolerance: float | None = None
+    """Steps are forecast as long as what that leaves in the latents is expected to stay below this share of them, since
+    the last computed step: 0.001 is careful, 0.03 is bold. None: `schedule.compute_every` says which are."""
     residual: float = 0.0
     """Share of the error that a delta step is expected to make, learned at each refresh, that is corrected: 0 to 2.
     Above 0 a refresh costs one delta pass more."""
@@ -110,7 +113,16 @@ class Config:
             config = _set(config, name, RULES[name](name, value))
         if config.streams is not None and config.steps is None:
             raise OptionError("streams says how many calls make one step; give steps too")
+        if config.forecast.tolerance is not None and config.schedule.compute_every > 1:
+            raise OptionError(
+                "forecast.tolerance and schedule.compute_every both say which steps are computed: give one"
+            )
         return config
+
+    @property
+    def forecasts(self) -> bool:
+        """Whether steps may go uncomputed."""
+        return self.schedule.compute_every > 1 or self.forecast.tolerance is not None
 
     def inductor_options(self) -> dict[str, Any]:
         """What Inductor gets: its mode, spelled out, then its own options."""
@@ -159,6 +171,14 @@ def _order_of_forecast(name: str, value: Any) -> int:
     if value not in (0, 1, 2) or isinstance(value, bool):
         raise OptionError(f"{name}={value!r}: 0 (reuse), 1 (a line) or 2 (a parabola)")
     return int(value)
+
+
+def _tolerance(name: str, value: Any) -> float | None:
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0.0 < value < 1.0:
+        raise OptionError(f"{name}={value!r}: a share above 0 and below 1, such as 0.004, or None for a fixed schedule")
+    return float(value)
 
 
 def _residual(name: str, value: Any) -> float:
@@ -254,6 +274,7 @@ RULES: dict[str, Callable[[str, Any], Any]] = {
     "schedule.warmup": _at_least(1),
     "schedule.compute_every": _at_least(1),
     "forecast.order": _order_of_forecast,
+    "forecast.tolerance": _tolerance,
     "forecast.residual": _residual,
     "min_tokens": _at_least(1),
     "dense_layers": _at_least(0),

@@ -2,7 +2,8 @@
 
 Both act on the output of a whole forward, per stream:
 
-- *forecast*: outputs of computed steps, extrapolated in the step's own time (Lagrange: reuse, line or parabola);
+- *forecast*: outputs of computed steps, extrapolated in the step's own time (Lagrange: reuse, line or parabola). With
+  a tolerance (judge.py says when) what it adds to the last output is damped by how much of it came true before;
 - *residual*: at a refresh the delta program runs too, on the state of before. Its error `e = refresh - delta`, of age
   `a` since the refresh before, is what delta steps until the next refresh are expected to miss: at age b, `e * b / a`.
 """
@@ -15,9 +16,12 @@ from dataclasses import dataclass, field
 import torch
 
 from .config import ForecastOptions
+from .judge import Judge
 
 # Extrapolating further than this many times the distance between the last two steps computes instead.
 FURTHEST = 3.0
+# What a forecast adds to the last output may prove to be too little, too, but not by more than this.
+MOST_GROWTH = 1.2
 
 Outputs = list[torch.Tensor]
 
@@ -32,6 +36,12 @@ class History:
     error: Outputs | None = None
     error_age: float = 0.0
     refreshed: float | None = None  # the moment of the last refresh
+    judge: Judge | None = None
+    damping: list[torch.Tensor] | None = None  # of what a forecast adds to the last outputs, [] each
+
+    def __post_init__(self) -> None:
+        if self.options.tolerance is not None:
+            self.judge = Judge(self.options.tolerance, self.options.order)
 
     @property
     def bytes(self) -> int:
@@ -46,10 +56,19 @@ class History:
     @filled.setter
     def filled(self, value: bool) -> None:
         if not value:
-            self.moments, self.outputs, self.error, self.refreshed = [], [], None, None
+            self.moments, self.outputs, self.error, self.refreshed, self.damping = [], [], None, None, None
+            if self.judge is not None:
+                self.judge.begin()
 
-    def record(self, moment: float, outputs: Sequence[torch.Tensor]) -> None:
-        """Keeps a copy: a program's outputs may lie in memory that its next run writes (CUDA graphs)."""
+    def record(self, moment: float, outputs: Sequence[torch.Tensor], span: float | None = None) -> None:
+        """Keeps a copy: a program's outputs may lie in memory that its next run writes (CUDA graphs).
+
+        span: of the moments of a generation, if known.
+        """
+        if self.judge is not None:
+            known = len(self.moments) > self.options.order and self.moments[-1] != moment
+            gap = abs(moment - self.moments[-1]) if known else None
+            self.judge.weigh(moment, gap, self._compare(moment, outputs) if known else None, span)
         if self.moments and self.moments[-1] == moment:  # a time evaluated twice: the later evaluation counts
             buffers = self.outputs.pop()
             self.moments.pop()
@@ -67,20 +86,46 @@ class History:
         """Whether enough steps are known, and near enough, to forecast this one."""
         if len(self.moments) <= self.options.order:
             return False
+        if self.judge is not None:
+            return self.judge.allows(moment, abs(moment - self.moments[-1]))
         if self.options.order == 0:
             return True
         return abs(moment - self.moments[-1]) <= FURTHEST * abs(self.moments[-1] - self.moments[-2])
 
     def forecast(self, moment: float) -> Outputs:
-        """The outputs at `moment`, in float32 and rounded once."""
+        """The outputs at `moment`, computed in float32 and rounded once."""
+        last = self.outputs[-1]
+        damping = self.damping or [1.0] * len(last)
+        moves = self._moves(moment)
+        return [(move * share + known).to(known.dtype) for move, share, known in zip(moves, damping, last)]
+
+    def _moves(self, moment: float) -> Outputs:
+        """What the polynomial through the known outputs adds to the last of them, in float32."""
         weights = lagrange(self.moments, moment)
-        forecasts = []
+        moves = []
         for known in zip(*self.outputs):
-            total = known[-1].float() * weights[-1]
+            move = known[-1].float() * (weights[-1] - 1.0)
             for tensor, weight in zip(known[:-1], weights):
-                total.add_(tensor, alpha=weight)
-            forecasts.append(total.to(known[-1].dtype))
-        return forecasts
+                move.add_(tensor, alpha=weight)
+            moves.append(move)
+        return moves
+
+    def _compare(self, moment: float, outputs: Sequence[torch.Tensor]) -> torch.Tensor:
+        """The relative error [] that the forecast of these outputs would have had; damping learns from it.
+
+        The best damping of each output, by least squares, counts half, what was learned before the other half.
+        """
+        damping = self.damping or [1.0] * len(outputs)
+        wrong, whole, learned = 0.0, 0.0, []
+        for move, share, known, output in zip(self._moves(moment), damping, self.outputs[-1], outputs):
+            output = output.float()
+            came = output - known
+            wrong = wrong + (came - move * share).square().sum()
+            whole = whole + output.square().sum()
+            best = ((came * move).sum() / move.square().sum().clamp_min(1e-30)).clamp(0.0, MOST_GROWTH)
+            learned.append(best if self.damping is None else (best + share) / 2)
+        self.damping = learned if self.options.order else None
+        return (wrong / whole.clamp_min(1e-30)).sqrt()
 
     def learn(self, moment: float, refreshed: Sequence[torch.Tensor], delta: Sequence[torch.Tensor]) -> None:
         """What the delta program missed at `moment`, where both programs ran."""

@@ -124,7 +124,7 @@ def analyse(gm: fx.GraphModule, example_inputs: Sequence[Any], config: Config) -
     sites, leading = _without_leading(canonical, attention, mlps, first)
     sites, switched_off = _switch(sites, config)
     declined = (*no_attention, *no_mlps, *leading, *switched_off)
-    if not sites and not (inputs.timesteps and config.schedule.compute_every > 1):  # forecasts need no site
+    if not sites and not (inputs.timesteps and config.forecasts):  # forecasts need no site
         return Analysis(inputs, canonical, declined=declined, reason=Reason.NO_SITES)
     if not inputs.parameters:
         return Analysis(inputs, canonical, declined=declined, reason=Reason.NO_OWNER)

@@ -101,7 +101,7 @@ class Runner(_Called):
         super().__init__(analysis.inputs, config)
         self._dynamo, self._analysis, self._config, self._dense = gm, analysis, config, dense
         self._compiler = compiler
-        asked = config.schedule.compute_every > 1 or config.forecast.residual > 0
+        asked = config.forecasts or config.forecast.residual > 0
         self._computes = only_computes(analysis.canonical)
         self._remembers = asked and self._computes
         # Layers of a forward that stay dense, where this graph holds too few to tell which of them they are.
@@ -133,7 +133,9 @@ class Runner(_Called):
         before = root.forward
         alone = root.whole and before is not None and before.calls == 1 and not before.blind and not self._dense_until
         # What writes more than its state must not run twice.
-        if expected is None or not alone or not self._computes or self._remembers or is_disabled():
+        if expected is None or not alone or not self._computes or is_disabled():
+            return
+        if self._config.forecast.residual or self._config.forecast.tolerance is not None:
             return
         if owner.misjudged > MOST_MISJUDGED:
             return
@@ -142,6 +144,8 @@ class Runner(_Called):
         if programs is None or state is None or not state.filled or state.fits != (programs, owner):
             return
         program = program_at(step, self._config.schedule)
+        if program is Program.FORECAST:
+            return
         outputs = self._run_program(program, programs, state, args)
         state.filled = False
         yield Early(stream, step, program, state, outputs)
@@ -188,6 +192,9 @@ class Runner(_Called):
         if early is not None:
             if state is not None and early.is_of(tick, state):
                 state.filled = True
+                history = self._history(owner.root, states)
+                if history is not None:
+                    history.record(tick.time, early.outputs)
                 owner.root.end_call(self._analysis.layers)
                 return early.outputs
             owner.misjudged += 1
@@ -197,14 +204,32 @@ class Runner(_Called):
             states.pop(key, None)
             state = states[key] = allocate(programs.scope("stream"), fits)
             state.weights = owner.weights(programs.scope("weights"))
-        due = program_at(tick.step, self._config.schedule) if state.filled and not tick.fresh else Program.REFRESH
         history = self._history(owner.root, states)
-        if history is not None:
-            outputs = self._run_beside(history, due, programs, state, tick, args)
+        if history is not None and tick.fresh:
+            history.filled = False
+        due = self._due(history, state, tick)
+        if history is None:
+            outputs = self._run_program(due, programs, state, args)
+        elif due is Program.FORECAST:
+            telemetry.count("forecast")
+            outputs = history.forecast(tick.time)
         else:
-            outputs = self._run_program(Program.DELTA if due is Program.FORECAST else due, programs, state, args)
+            outputs = self._run_beside(history, due, programs, state, tick, args)
+            history.record(tick.time, outputs, tick.steps if owner.root.counted is not None else None)
         owner.root.end_call(self._analysis.layers)
         return outputs
+
+    def _due(self, history: History | None, state: State, tick: Tick) -> Program:
+        """What this step runs. Where forecasts are judged, the computed steps are the ones counted for refreshes."""
+        schedule, judge = self._config.schedule, history.judge if history is not None else None
+        if tick.fresh or not state.filled:
+            return Program.REFRESH
+        step = tick.step if judge is None else judge.computed
+        due = program_at(step, schedule)
+        may_wait = due is Program.FORECAST if judge is None else step >= schedule.warmup
+        if may_wait and history is not None and history.reaches(tick.time):
+            return Program.FORECAST
+        return Program.DELTA if due is Program.FORECAST else due
 
     def _is_too_short(self, tick: Tick) -> bool:
         """Whether the generation has too few steps for any to be less than a dense one, as far as is known."""
@@ -230,14 +255,7 @@ class Runner(_Called):
         return states.setdefault(self, History(self._config.forecast))
 
     def _run_beside(self, history: History, due: Program, programs: Programs, state: State, tick: Tick, args: Sequence):
-        """A step whose outputs earlier ones foretell, correct, or stand in for."""
-        if tick.fresh:
-            history.filled = False
-        if due is Program.FORECAST:
-            if history.reaches(tick.time):
-                telemetry.count("forecast")
-                return history.forecast(tick.time)
-            due = Program.DELTA
+        """A computed step; of a delta, what it is expected to miss is corrected."""
         corrects = self._config.forecast.residual > 0 and history.refreshed not in (None, tick.time)
         if due is Program.DELTA:
             outputs = self._run_program(due, programs, state, args)
@@ -250,7 +268,6 @@ class Runner(_Called):
             if delta is not None:
                 history.learn(tick.time, outputs, delta)
             history.refreshed = tick.time
-        history.record(tick.time, outputs)
         return outputs
 
 

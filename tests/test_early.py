@@ -8,6 +8,7 @@ import torch
 import chipmunk_compile
 from chipmunk_compile import evidence
 from chipmunk_compile.programs import Programs
+from chipmunk_compile.runner import Runner
 from tests.toy_dit import Loop, compile_toy, toy, worst
 
 pytestmark = pytest.mark.usefixtures("uncompiled")
@@ -26,13 +27,13 @@ def run(model, *loops) -> list[list[torch.Tensor]]:
     return [list(column) for column in zip(*outputs)]
 
 
-def alone(*loops) -> list[list[torch.Tensor]]:
+def alone(*loops, **options) -> list[list[torch.Tensor]]:
     """The same calls on a model that never ran, each read before it runs."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(evidence, "ASYNCHRONOUS", set())
         torch._dynamo.reset()
         chipmunk_compile.reset()
-        outputs = run(compile_toy(toy(), **SPARSE)[0], *loops)
+        outputs = run(compile_toy(toy(), **SPARSE, **options)[0], *loops)
     torch._dynamo.reset()
     chipmunk_compile.reset()
     return outputs
@@ -86,6 +87,26 @@ def test_a_generation_begun_again_is_no_next_step(early, broken_off, noise):
     after = counts("refresh", "delta")
     assert [b - a for a, b in zip(before, after)] == [3, 5], "a step run for nothing is counted apart"
     assert counts("misjudged") == (int(broken_off > 1),)
+
+
+def test_steps_between_forecasts_are_early_too(early, monkeypatch):
+    """Forecasts are not: they need the time."""
+    loop, forecasts = Loop(steps=12), {"schedule.compute_every": 2, "schedule.refresh_every": 2}
+
+    def twice():
+        model = compile_toy(toy(), **SPARSE, **forecasts)[0]
+        return [run(model, loop)[0], run(model, loop)[0]]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(evidence, "ASYNCHRONOUS", set())
+        expected = twice()
+    torch._dynamo.reset()
+    chipmunk_compile.reset()
+    begun, run_early = [], Runner._run_early
+    monkeypatch.setattr(Runner, "_run_early", lambda *args: begun.append([*run_early(*args)]) or begun[-1])
+    assert same(twice(), expected)
+    assert [len(early) for early in begun].count(1) == 5 + 5, "every second step, behind two"
+    assert counts("misjudged") == (0,)
 
 
 def test_after_one_generation_its_length_is_known(early):

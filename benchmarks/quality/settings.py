@@ -7,6 +7,7 @@ the number of steps alone share what they compiled.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import cache
 
 import torch
@@ -42,6 +43,7 @@ class Builder:
     def methods(self, steps: int) -> Iterator[Method]:
         """The same labels in the same order for any number of steps."""
         yield from self._first(steps)
+        yield from self._ours_judged()
         yield from self._ours_combined()
         yield from self._rivals_of_blocks()
         yield from self._ours_alone(steps)
@@ -51,7 +53,8 @@ class Builder:
         """As methods.chipmunk: double underscores stand for dots. Compiled once for all numbers of steps."""
         key = tuple(sorted((name, str(value)) for name, value in options.items()))
         if key not in self._ours:
-            self._ours[key] = chipmunk(self.model, **options, **self.extra)
+            ours = chipmunk(self.model, **options, **self.extra)
+            self._ours[key] = replace(ours, make=lambda: self.fast(ours.make()))
         return self._ours[key]
 
     def _first(self, steps: int) -> Iterator[Method]:
@@ -66,6 +69,14 @@ class Builder:
             yield self._streams("step reuse", {"every": every}, lambda e=every: StepReuse(self.dense, e))
         for share in (0.75, 0.5, 0.33, 0.2):
             yield Method("fewer steps", {"share": share}, lambda: self.dense, max(2, round(share * steps)))
+
+    def _ours_judged(self) -> Iterator[Method]:
+        """Forecasts as far as they prove good, alone and with sparse deltas between refreshes."""
+        for tolerance in (0.0005, 0.001, 0.002, 0.004, 0.008, 0.016, 0.03, 0.06):
+            yield self.ours(attention__sparsity=None, mlp__sparsity=None, forecast__tolerance=tolerance)
+        for refresh in (2, 3):
+            for tolerance in (0.001, 0.004, 0.016):
+                yield self.ours(mlp__sparsity=None, schedule__refresh_every=refresh, forecast__tolerance=tolerance)
 
     def _ours_combined(self) -> Iterator[Method]:
         """Forecasts alone, and sparse deltas between them."""

@@ -1,0 +1,74 @@
+"""Whether a forecast would do, judged by the ones that could be held against what was computed.
+
+At every computed step the forecast that might have stood there is compared with the output. Its relative error `e`,
+over a gap `g` since the step computed before, says what to expect over another gap `h`: `e * (h / g) ** (order + 1)`.
+A step that covers the share `s` of the whole way then moves the latents by about `s` times that error. Steps are
+forecast as long as what they leave in the latents, summed since the last computed step, is expected to stay below the
+tolerance.
+"""
+
+from __future__ import annotations
+
+import torch
+
+# Forecasts in a row.
+MOST = 8
+
+
+class Judge:
+    """Of one stream. Times are those of the clock: timesteps, or counted steps."""
+
+    def __init__(self, tolerance: float, order: int) -> None:
+        self.tolerance, self.order = tolerance, order
+        self.begin()
+
+    def begin(self) -> None:
+        """A generation begins: nothing is known of it."""
+        self.computed = 0  # steps so far
+        self._span = self._last = 0.0  # of the whole generation; the time of the last step, computed or not
+        self._gap, self._error = 0.0, None
+        self._left, self._row = 0.0, 0  # of the forecasts since the last computed step
+
+    def weigh(self, moment: float, gap: float | None, error: torch.Tensor | None, span: float | None) -> None:
+        """A step was computed, and the forecast over `gap` would have been wrong by `error`, a relative one [].
+
+        span: of the times of a generation, where it is known; else that of the first step is, as timesteps end at 0.
+        """
+        if not self.computed:
+            self._span = span or abs(moment) or 1.0
+        self.computed += 1
+        if error is not None:
+            self._gap, self._error = gap, _Arriving(error)
+        self._last, self._left, self._row = moment, 0.0, 0
+
+    def allows(self, moment: float, gap: float) -> bool:
+        """Whether this step may be forecast over `gap`; if so, it counts as forecast. Reads the last error."""
+        if self._error is None or not self._gap or self._row >= MOST:
+            return False
+        expected = self._error.value * (gap / self._gap) ** (self.order + 1)
+        left = self._left + expected * abs(moment - self._last) / self._span
+        if not left <= self.tolerance:  # nor where it is not a number
+            return False
+        self._last, self._left, self._row = moment, left, self._row + 1
+        return True
+
+
+class _Arriving:
+    """A number on its way from the device. The read of the next timestep waits for as much anyway."""
+
+    def __init__(self, number: torch.Tensor) -> None:
+        self._event = None
+        if number.device.type == "cuda":
+            self._host = torch.empty((), dtype=number.dtype, pin_memory=True)
+            self._host.copy_(number, non_blocking=True)
+            self._event = torch.cuda.Event()
+            self._event.record(torch.cuda.current_stream(number.device))
+        else:
+            self._host = number.clone()
+
+    @property
+    def value(self) -> float:
+        if self._event is not None:
+            self._event.synchronize()
+            self._event = None
+        return self._host.item()

@@ -1,0 +1,142 @@
+"""Steps are forecast where forecasts have proved good: a tolerance instead of a fixed schedule."""
+
+import math
+
+import pytest
+import torch
+
+import chipmunk_compile
+from chipmunk_compile.config import ForecastOptions
+from chipmunk_compile.forecast import History
+from chipmunk_compile.judge import MOST, Judge
+from tests.test_forecast import EXACT, SPARSE, acquainted, counts, linear
+from tests.toy_dit import SMALL, Loop, compile_toy, toy, worst
+
+STEPS = 20
+
+
+def judged(error: float, tolerance: float = 0.01, order: int = 1) -> Judge:
+    """Steps at 1.0, 0.9 and 0.8 were computed; the forecast of the last would have been wrong by `error`."""
+    judge = Judge(tolerance, order)
+    judge.weigh(1.0, None, None, None)
+    judge.weigh(0.9, None, None, None)
+    judge.weigh(0.8, 0.1, torch.tensor(error), None)
+    return judge
+
+
+def allowed(judge: Judge, moments=(0.7, 0.6, 0.5, 0.4, 0.3)) -> int:
+    """Forecasts in a row."""
+    return next((n for n, m in enumerate(moments) if not judge.allows(m, 0.8 - m)), len(moments))
+
+
+@pytest.mark.parametrize(
+    "order, error, expected",
+    [
+        # A tenth of the way at each step, errors of 1, 4, 9, 16 times what they were over one gap.
+        (1, 0.0, 5), (1, 0.1 / 1.001, 1), (1, 0.1 / 5.001, 2), (1, 0.1 / 14.001, 3), (1, 0.2, 0),
+        (0, 0.1 / 3.001, 2), (2, 0.1 / 9.001, 2),
+    ],
+)  # fmt: skip
+def test_forecasts_go_on_until_what_they_leave_passes_the_tolerance(order, error, expected):
+    assert allowed(judged(error, order=order)) == expected
+
+
+def test_times_may_be_of_any_unit():
+    for unit in (1.0, 1000.0):
+        judge = Judge(0.01, 1)
+        for moment, gap in ((1.0, None), (0.9, None), (0.8, 0.1)):
+            judge.weigh(unit * moment, gap and unit * gap, torch.tensor(0.1 / 5.001), None)
+        assert [judge.allows(unit * m, unit * (0.8 - m)) for m in (0.7, 0.6, 0.5)] == [True, True, False]
+    counted = Judge(0.01, 1)
+    for step in range(3):
+        counted.weigh(step, 1.0, torch.tensor(0.1 / 5.001), 10)
+    assert [counted.allows(step, step - 2) for step in (3, 4, 5)] == [True, True, False]
+
+
+def test_what_is_not_known_is_not_forecast():
+    fresh = Judge(0.5, 1)
+    fresh.weigh(1.0, None, None, None)
+    assert not fresh.allows(0.9, 0.1)
+    assert allowed(judged(math.nan)) == 0 and allowed(judged(math.inf)) == 0
+    moments = [0.8 - 0.01 * k for k in range(1, 20)]
+    assert allowed(judged(0.0), moments) == MOST
+
+
+def test_damping_is_how_much_of_a_forecast_came_true():
+    """An output that goes up and down by turns: its slope says nothing, a line through it makes things worse."""
+    history = History(ForecastOptions(tolerance=0.01))
+    for step in range(12):
+        history.record(1.0 - 0.05 * step, [torch.tensor([1.0, 2.0]) + 0.1 * (-1) ** step])
+    assert history.damping[0] < 0.01
+    (told,) = history.forecast(0.4)
+    assert torch.allclose(told, history.outputs[-1][0], atol=1e-2)
+    history.filled = False
+    assert history.damping is None and history.judge.computed == 0
+
+
+def run(model, loop=None, **options):
+    loop = loop or Loop(steps=STEPS)
+    return loop.run(acquainted(model, **options)), counts("refresh", "delta", "forecast")
+
+
+@pytest.mark.usefixtures("uncompiled")
+def test_a_line_is_forecast_as_far_as_it_goes():
+    model, loop = linear(), Loop(steps=STEPS)
+    outputs, (_, _, forecast) = run(model, loop, **EXACT, **{"forecast.tolerance": 1e-4})
+    assert worst(outputs, loop.run(model)) < 1e-5
+    assert forecast >= STEPS - 3 - math.ceil(STEPS / MOST)
+
+
+@pytest.mark.usefixtures("uncompiled")
+def test_the_tolerance_is_kept_and_buys_speed():
+    model, loop, forecasts = toy(), Loop(steps=STEPS), []
+    truth = loop.run(model)
+    for tolerance in (1e-6, 1e-3, 3e-3, 1e-2):
+        outputs, (_, _, forecast) = run(model, loop, **EXACT, **{"forecast.tolerance": tolerance})
+        left = sum((a - b).norm() / b.norm() / STEPS for a, b in zip(outputs, truth))
+        assert left <= 2 * tolerance * max(1, STEPS - forecast), "about the tolerance for every computed step"
+        forecasts.append(forecast)
+    assert forecasts[0] == 0 and forecasts == sorted(forecasts) and forecasts[-1] > STEPS // 2
+
+
+@pytest.mark.usefixtures("uncompiled")
+def test_refreshes_are_counted_by_the_steps_that_are_computed():
+    options = {**SPARSE, "schedule.refresh_every": 3, "forecast.tolerance": 3e-3}
+    _, (refresh, delta, forecast) = run(toy(), **options)
+    assert refresh + delta + forecast == STEPS and forecast > 3
+    # R R d R d d R d d ..
+    assert refresh == 2 + (refresh + delta - 1) // 3 - ((refresh + delta - 1) // 3 == 0)
+
+
+@pytest.mark.usefixtures("uncompiled")
+def test_streams_are_judged_apart_and_generations_anew():
+    options = {**SPARSE, "forecast.tolerance": 3e-3}
+    loops = [Loop(seed=1, steps=STEPS), Loop(seed=2, steps=STEPS)]
+    alone = [run(toy(), loop, **options)[0] for loop in loops]
+    compiled = acquainted(toy(), **options)
+    outputs = ([], [])
+    with torch.no_grad():
+        for pair in zip(*loops):
+            for mine, inputs in zip(outputs, pair):
+                mine.append(compiled(*inputs))
+    for mine, expected in zip(outputs, alone):
+        assert worst(mine, expected) < 1e-6
+    assert worst(loops[0].run(compiled), alone[0]) < 1e-6
+
+
+@pytest.mark.usefixtures("uncompiled")
+def test_without_sparsity_and_with_counted_steps():
+    options = {"attention.sparsity": None, "mlp.sparsity": None, "forecast.tolerance": 1e-4, "steps": STEPS}
+    model, loop = linear(), Loop(steps=STEPS)
+    compiled, _ = compile_toy(model, **options)
+    assert worst(loop.run(compiled), loop.run(model)) < 1e-5
+    dense, forecast = counts("dense", "forecast")
+    assert dense + forecast == STEPS and forecast > STEPS // 2
+
+
+def test_options_that_cannot_be():
+    for value in (0, 1, -0.1, True, "much"):
+        with pytest.raises(chipmunk_compile.OptionError, match="forecast.tolerance"):
+            chipmunk_compile.Config.from_options({**SMALL, "forecast.tolerance": value})
+    with pytest.raises(chipmunk_compile.OptionError, match="compute_every"):
+        chipmunk_compile.Config.from_options({"forecast.tolerance": 0.01, "schedule.compute_every": 2})
