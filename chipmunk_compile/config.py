@@ -60,6 +60,8 @@ class ForecastOptions:
     tolerance: float | None = None
     """Steps are forecast as long as what that leaves in the latents is expected to stay below this share of them, since
     the last computed step: 0.001 is careful, 0.03 is bold. None: `schedule.compute_every` says which are."""
+    repay: bool = False
+    """A computed step adds to its output what the forecasts before it left out of the latents."""
     residual: float = 0.0
     """Share of the error that a delta step is expected to make, learned at each refresh, that is corrected: 0 to 2.
     Above 0 a refresh costs one delta pass more."""
@@ -173,6 +175,12 @@ def _order_of_forecast(name: str, value: Any) -> int:
     return int(value)
 
 
+def _switch(name: str, value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise OptionError(f"{name}={value!r}: True or False")
+    return value
+
+
 def _tolerance(name: str, value: Any) -> float | None:
     if value is None:
         return None
@@ -275,6 +283,7 @@ RULES: dict[str, Callable[[str, Any], Any]] = {
     "schedule.compute_every": _at_least(1),
     "forecast.order": _order_of_forecast,
     "forecast.tolerance": _tolerance,
+    "forecast.repay": _switch,
     "forecast.residual": _residual,
     "min_tokens": _at_least(1),
     "dense_layers": _at_least(0),

@@ -1,9 +1,12 @@
 """What is known of a step without running the model, or beside running it: from the outputs of steps before.
 
-Both act on the output of a whole forward, per stream:
+All act on the output of a whole forward, per stream:
 
 - *forecast*: outputs of computed steps, extrapolated in the step's own time (Lagrange: reuse, line or parabola). With
   a tolerance (judge.py says when) what it adds to the last output is damped by how much of it came true before;
+- *repaying*: a computed step shows what the steps forecast before it should have been: on the line between the computed
+  ones. What they left out of the latents is added to its output, by the lengths of the steps. Any sampler that adds up
+  outputs takes it as it takes them; the corrector of UniPC (arXiv 2302.04867) does the same within a sampler;
 - *residual*: at a refresh the delta program runs too, on the state of before. Its error `e = refresh - delta`, of age
   `a` since the refresh before, is what delta steps until the next refresh are expected to miss: at age b, `e * b / a`.
 """
@@ -38,6 +41,7 @@ class History:
     refreshed: float | None = None  # the moment of the last refresh
     judge: Judge | None = None
     damping: list[torch.Tensor] | None = None  # of what a forecast adds to the last outputs, [] each
+    waiting: list[float] = field(default_factory=list)  # moments forecast since the last computed one
 
     def __post_init__(self) -> None:
         if self.options.tolerance is not None:
@@ -56,7 +60,8 @@ class History:
     @filled.setter
     def filled(self, value: bool) -> None:
         if not value:
-            self.moments, self.outputs, self.error, self.refreshed, self.damping = [], [], None, None, None
+            self.moments, self.outputs, self.waiting = [], [], []
+            self.error = self.refreshed = self.damping = None
             if self.judge is not None:
                 self.judge.begin()
 
@@ -94,10 +99,39 @@ class History:
 
     def forecast(self, moment: float) -> Outputs:
         """The outputs at `moment`, computed in float32 and rounded once."""
+        self.waiting.append(moment)
         last = self.outputs[-1]
         damping = self.damping or [1.0] * len(last)
         moves = self._moves(moment)
         return [(move * share + known).to(known.dtype) for move, share, known in zip(moves, damping, last)]
+
+    def repay(self, moment: float, outputs: Sequence[torch.Tensor]) -> Outputs:
+        """Outputs of the computed step at `moment`, with what the forecasts since the last one left out.
+
+        Called before they are recorded. How long the step from here will be is not known: as much longer than the one
+        that led here as that was longer than the one before.
+        """
+        waiting, self.waiting = self.waiting, []
+        if not self.options.repay or not waiting or moment == self.moments[-1]:
+            return list(outputs)
+        times = [self.moments[-1], *waiting, moment]
+        steps = [after - before for before, after in zip(times, times[1:])]
+        if 0.0 in steps:
+            return list(outputs)
+        growth = min(max(steps[-1] / steps[-2], 0.5), 2.0)
+        told = [0.0] * len(self.moments)  # what all forecasts added up to: so much of each known output
+        between = 0.0  # what they should have: the last known output, and so much of the way to this one
+        for time, step in zip(waiting, steps[1:]):
+            told = [total + step * weight for total, weight in zip(told, lagrange(self.moments, time))]
+            between += step * (time - self.moments[-1]) / (moment - self.moments[-1])
+        told[-1] -= sum(steps[1:])
+        damping = self.damping or [1.0] * len(outputs)
+        repaid = []
+        for output, share, known in zip(outputs, damping, zip(*self.outputs)):
+            owed = (output.float() - known[-1]) * between
+            owed -= sum(tensor.float() * weight for tensor, weight in zip(known, told)) * share
+            repaid.append((output + owed / (steps[-1] * growth)).to(output.dtype))
+        return repaid
 
     def _moves(self, moment: float) -> Outputs:
         """What the polynomial through the known outputs adds to the last of them, in float32."""

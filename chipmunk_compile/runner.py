@@ -193,10 +193,12 @@ class Runner(_Called):
             if state is not None and early.is_of(tick, state):
                 state.filled = True
                 history = self._history(owner.root, states)
+                outputs = early.outputs
                 if history is not None:
+                    outputs = history.repay(tick.time, early.outputs)
                     history.record(tick.time, early.outputs)
                 owner.root.end_call(self._analysis.layers)
-                return early.outputs
+                return outputs
             owner.misjudged += 1
             telemetry.count(early.program.value, -1)
             telemetry.count("misjudged")
@@ -214,8 +216,9 @@ class Runner(_Called):
             telemetry.count("forecast")
             outputs = history.forecast(tick.time)
         else:
-            outputs = self._run_beside(history, due, programs, state, tick, args)
-            history.record(tick.time, outputs, tick.steps if owner.root.counted is not None else None)
+            computed = self._run_beside(history, due, programs, state, tick, args)
+            outputs = history.repay(tick.time, computed)
+            history.record(tick.time, computed, tick.steps if owner.root.counted is not None else None)
         owner.root.end_call(self._analysis.layers)
         return outputs
 

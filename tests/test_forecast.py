@@ -71,6 +71,33 @@ def test_a_time_that_repeats_counts_once_and_a_leap_is_not_forecast():
     assert not History(ForecastOptions(order=0)).reaches(1.0)
 
 
+@pytest.mark.parametrize("tolerance", [None, 0.5])
+@pytest.mark.parametrize("order", [0, 1, 2])
+def test_what_forecasts_left_out_is_repaid(order, tolerance):
+    """Outputs on a line between the computed steps: Euler arrives where it would with all of them computed.
+
+    Before, they were on another one, so that the forecasts are wrong."""
+
+    def output(t):
+        return torch.tensor([2.0 * t, 1.0] if t > 0.75 else [3.0 - t, 1.0 + 4 * t], dtype=torch.float64)
+
+    times = [1.0, 0.95, 0.9, 0.85, 0.7, 0.6, 0.5, 0.4, 0.3]
+    history = History(ForecastOptions(order=order, repay=True, tolerance=tolerance))
+    for moment in times[:5]:
+        history.record(moment, [output(moment)])
+    latents = torch.zeros(2, dtype=torch.float64)
+    for moment, after in zip(times[5:], times[6:]):
+        if moment > 0.45:
+            (told,) = history.forecast(moment)
+            assert order == 2 or worst([told], [output(moment)]) > 1e-3
+        else:
+            (told,) = history.repay(moment, [output(moment)])
+        latents += (after - moment) * told
+    expected = sum((b - a) * output(a) for a, b in zip(times[5:], times[6:]))
+    torch.testing.assert_close(latents, expected, atol=1e-6, rtol=1e-6)
+    assert history.repay(0.3, [output(0.3)])[0].equal(output(0.3)), "nothing is owed twice"
+
+
 def test_an_error_that_grows_evenly_is_corrected_whole():
     history = History(ForecastOptions(residual=1.0))
     truth, drift = torch.randn(4, 5), torch.randn(4, 5)

@@ -17,7 +17,7 @@ from .methods import Method, chipmunk
 from .rivals import StepReuse, TaylorSteps
 from .subjects import Subject
 
-DENSE = {"attention.sparsity": None, "mlp.sparsity": None}
+DENSE = {"attention__sparsity": None, "mlp__sparsity": None}
 
 
 class Builder:
@@ -73,16 +73,17 @@ class Builder:
     def _ours_judged(self) -> Iterator[Method]:
         """Forecasts as far as they prove good, alone and with sparse deltas between refreshes."""
         for tolerance in (0.0005, 0.001, 0.002, 0.004, 0.008, 0.016, 0.03, 0.06):
-            yield self.ours(attention__sparsity=None, mlp__sparsity=None, forecast__tolerance=tolerance)
+            for repay in (True, False):
+                yield self.ours(**DENSE, forecast__tolerance=tolerance, forecast__repay=repay)
         for refresh in (2, 3):
             for tolerance in (0.001, 0.004, 0.016):
-                yield self.ours(mlp__sparsity=None, schedule__refresh_every=refresh, forecast__tolerance=tolerance)
+                yield self.ours(mlp__sparsity=None, schedule__refresh_every=refresh, forecast__tolerance=tolerance,
+                                forecast__repay=True)  # fmt: skip
 
     def _ours_combined(self) -> Iterator[Method]:
         """Forecasts alone, and sparse deltas between them."""
         for every, order in ((2, 2), (3, 1), (3, 2), (4, 1), (4, 2)):
-            yield self.ours(attention__sparsity=None, mlp__sparsity=None, schedule__compute_every=every,
-                            forecast__order=order)  # fmt: skip
+            yield self.ours(**DENSE, schedule__compute_every=every, forecast__order=order)
         for every, refresh, order in ((2, 2, 1), (2, 2, 2), (2, 3, 2), (3, 2, 1), (2, 5, 1)):
             yield self.ours(schedule__compute_every=every, schedule__refresh_every=refresh, forecast__order=order)
         yield self.ours(schedule__compute_every=2, schedule__refresh_every=3, forecast__residual=1.0)
