@@ -6,6 +6,7 @@ import torch
 from torch import fx
 from torch.fx import Node
 
+from .collectives import comes_from_ranks
 from .naming import module_path
 from .nodes import aten, dtype, is_static, shape, under_autocast
 from .origin_labels import Origins
@@ -75,7 +76,8 @@ def _refusal(
 
     foreign = _foreign_tokens(origins.of(query), origins.of(key))
     if foreign is not None:
-        return foreign[0], {**lengths, **foreign[1]}
+        gathered = comes_from_ranks(key) and not comes_from_ranks(query)
+        return Reason.KEYS_OF_RANKS if gathered else foreign[0], {**lengths, **foreign[1]}
     if q_len < min_tokens:
         return Reason.TOO_FEW_TOKENS, {**lengths, "min_tokens": min_tokens}
     if attention.is_causal:

@@ -10,7 +10,7 @@ import operator
 import torch
 from torch.fx import Node
 
-from . import origins
+from . import collectives, origins
 from .contractions import read_contraction
 from .nodes import aten, is_identity, is_tensor, shape
 from .origin_moves import MOVES, Labels, Rule, broadcast, getitem, node_root
@@ -157,7 +157,7 @@ def _embedding(node: Node, known: dict[Node, Labels]) -> Labels:
     return (*known[node.args[1]], feature(shape(node)[-1]))
 
 
-RULES: dict[object, Rule] = MOVES | {
+RULES: dict[object, Rule] = MOVES | collectives.ORIGIN_RULES | {
     packet: rule
     for rule, packets in {
         _first: (

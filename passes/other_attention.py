@@ -11,6 +11,7 @@ from .naming import module_path
 from .nodes import VIEWS, aten, is_cast, is_identity, is_static, is_tensor, shape, under_autocast
 from .origin_labels import Origins
 from .origins import Label, has_identity
+from .raise_fused_attention import why_fused
 from .reasons import Reason
 from .sites import Declined
 
@@ -18,13 +19,15 @@ _REARRANGED = (*VIEWS, aten.transpose.int, aten.permute.default, aten.slice.Tens
 
 
 def find_other_attention(gm: fx.GraphModule, origins: Origins) -> list[Declined]:
-    """Softmax attention in no form of its own op, and linear attention: value times key summed over the tokens."""
+    """Softmax attention in no form of its own op, parts of one, and linear attention: value times key summed over the
+    tokens."""
     unreliable = under_autocast(gm.graph)
     declined = []
     for node in gm.graph.nodes:
-        if not is_tensor(node) or not is_static(node):
+        found = why_fused(node)
+        if found is None and (not is_tensor(node) or not is_static(node)):
             continue
-        found = _softmax_attention(node, node in unreliable) or _linear_attention(node, origins)
+        found = found or _softmax_attention(node, node in unreliable) or _linear_attention(node, origins)
         if found is not None:
             declined.append(Declined("attention", module_path(node), *found))
     return declined

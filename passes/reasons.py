@@ -11,6 +11,8 @@ class Reason(enum.Enum):
     # One attention or MLP candidate.
     CROSS_ATTENTION = "keys and values come from another sequence than the queries"
     UNPROVEN_SELF_ATTENTION = "queries and keys share inputs, but are not proven to be the same tokens"
+    KEYS_OF_RANKS = "keys and values are gathered from other ranks, queries are this rank's own"
+    PARTIAL_ATTENTION = "attention over a part of the keys, joined with the other parts by its log-sum-exp (ring)"
     CAUSAL = "causal attention: a chunk's columns end where the chunk stands"
     UNSUPPORTED_MASK = "the mask is not a key mask (one row for all queries)"
     TOO_FEW_TOKENS = "fewer tokens than min_tokens: sparse would not pay"
@@ -33,6 +35,8 @@ class Reason(enum.Enum):
     NO_OWNER = "the graph receives no parameters, so its state would have no owner"
     NO_LASTING_OWNER = "parameters are other objects at every call (sequential offload): no state can be kept"
     NO_CANONICAL_FORM = "the graph could not be exported to functional ATen"
+    SHARDED_WEIGHTS = "weights are DTensors (tensor parallelism): what they compute is no graph of plain tensors yet"
+    RANKS_APART = "other ranks run this graph too, and torch has no gloo over which to agree on each step's program"
     ALIASED_MUTATION = "the graph mutates an input whose storage another input shares"
     TRAINING = "gradients are required"
     TOO_MANY_SIZES = "programs were compiled for as many sizes of this graph as are kept; this one stays dense"
@@ -40,6 +44,7 @@ class Reason(enum.Enum):
     NO_GRID = "nothing says how the tokens lie in time and space: set options={'grid': (frames, height, width)}"
     AMBIGUOUS_GRID = "views contradict each other about the grid: set options={'grid': (frames, height, width)}"
     GRID_MISMATCH = "no self-attention has as many tokens as the given grid"
+    SPREAD_TOKENS = "each rank holds a part of the tokens (context parallelism), so the grid is no rank's own"
     WALLED_IN = "going around the ops that fix the order of tokens costs more than token order is worth"
     # One call.
     NO_CLOCK = "no evidence of step and stream: no timestep input, no generation(), no steps option"
