@@ -18,6 +18,7 @@ from .kernels.ops import column_step, why_slow
 from .passes import PASSES
 from .passes.attention_sites import find_attention
 from .passes.canonical import canonicalise
+from .passes.collectives import collectives, groups, is_sharded
 from .passes.collector import collector_paused
 from .passes.lift_numbers import lift_numbers
 from .passes.lower import Treatment
@@ -37,8 +38,11 @@ from .passes.sites import AttentionSite, Declined, MlpSite
 from .passes.timestep import find_timesteps
 from .passes.token_axis import TokenAxes, analyse_tokens
 from .passes.token_order import Grid, chunk_lengths, grids_from_ids
+from .ranks import can_agree
 
 log = logging.getLogger(__name__)
+# What is said of tokens whose grid is not found, or not that of the option.
+_NO_GRIDS = (Reason.NO_GRID, Reason.AMBIGUOUS_GRID, Reason.GRID_MISMATCH)
 
 
 @dataclass(frozen=True)
@@ -103,6 +107,10 @@ def analyse(gm: fx.GraphModule, example_inputs: Sequence[Any], config: Config) -
     Raises OptionError for a grid that no attention of the graph has.
     """
     inputs = _classify(gm, example_inputs)
+    if sharded := sum(map(is_sharded, example_inputs)):
+        return Analysis(inputs, reason=Reason.SHARDED_WEIGHTS, detail=f"({sharded} inputs)")
+    if groups(gm) and not can_agree():
+        return Analysis(inputs, reason=Reason.RANKS_APART)
     try:
         canonical = canonicalise(lift_numbers(gm)[0], stand_ins(gm, example_inputs))
     except Exception as error:  # whatever the export cannot take, Inductor may
@@ -166,6 +174,8 @@ def _permute(canonical, sites, axes: TokenAxes, inputs: Inputs, config: Config) 
     fixed = [node for i, node in enumerate(placeholders) if i not in (*inputs.user, *inputs.timesteps)]
     plan = plan_permutation(canonical, sites, axes=axes, grid=config.grid, fixed=fixed)
     if isinstance(plan, Declined):
+        if plan.reason in _NO_GRIDS and next(collectives(canonical), None) is not None:
+            return Declined("permutation", "", Reason.SPREAD_TOKENS)
         if plan.reason is Reason.GRID_MISMATCH:
             tokens = ", ".join(map(str, plan.detail["tokens"]))
             raise OptionError(

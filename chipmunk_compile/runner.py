@@ -19,6 +19,7 @@ from .models import Owners, Root
 from .passes.reasons import Reason
 from .plan import Analysis, Inputs, make_plan
 from .programs import Compiler, Programs, is_disabled
+from .ranks import ranks_of
 from .schedule import Program, pays, program_at
 from .state import Owner, State, allocate
 
@@ -101,6 +102,7 @@ class Runner(_Called):
         super().__init__(analysis.inputs, config)
         self._dynamo, self._analysis, self._config, self._dense = gm, analysis, config, dense
         self._compiler = compiler
+        self._ranks = ranks_of(gm)
         asked = config.forecasts or config.forecast.residual > 0
         self._computes = only_computes(analysis.canonical)
         self._remembers = asked and self._computes
@@ -113,14 +115,14 @@ class Runner(_Called):
     def __call__(self, *args):
         owner = self._owners.of(args)
         if owner is None:
-            return self._programs_of(None, None, args).run(Program.DENSE, args)
+            return self._run_dense(self._programs_of(None, None, args), args)
         # Threads that share a model take turns: two of them may share a stream, and so its state.
         with owner.root.lock:
             early: list[Early] = []
             where = self._tick(owner, args, lambda: early.extend(self._run_early(owner, args)))
             programs = self._programs_of(where, owner, args)
             if where is None:
-                return programs.run(Program.DENSE, args)
+                return self._run_dense(programs, args)
             return self._run(programs, owner, *where, args, *early)
 
     def _run_early(self, owner: Owner, args: Sequence) -> Iterator[Early]:
@@ -132,8 +134,8 @@ class Runner(_Called):
         root, expected = owner.root, owner.clock.expected if owner.clock is not None else None
         before = root.forward
         alone = root.whole and before is not None and before.calls == 1 and not before.blind and not self._dense_until
-        # What writes more than its state must not run twice.
-        if expected is None or not alone or not self._computes or is_disabled():
+        # What writes more than its state must not run twice, nor what the other ranks may run once.
+        if expected is None or not alone or not self._computes or self._ranks.several or is_disabled():
             return
         if self._config.forecast.residual or self._config.forecast.tolerance is not None:
             return
@@ -182,10 +184,10 @@ class Runner(_Called):
         if is_disabled():
             states.pop(key, None)
             states.pop(self, None)
-            return programs.run(Program.DENSE, args)
+            return self._run_dense(programs, args)
         if owner.root.forward.layers < self._dense_until or self._is_too_short(tick):
             states.pop(key, None)
-            outputs = programs.run(Program.DENSE, args)
+            outputs = self._run_dense(programs, args)
             owner.root.end_call(self._analysis.layers)
             return outputs
         state = states.get(key)
@@ -210,13 +212,19 @@ class Runner(_Called):
         if history is not None and tick.fresh:
             history.filled = False
         due = self._due(history, state, tick)
-        if history is None:
-            outputs = self._run_program(due, programs, state, args)
-        elif due is Program.FORECAST:
+        learns = due is Program.REFRESH and history is not None and self._learns(history, tick)
+        program, beside = self._ranks.agree(due, learns)
+        if program is Program.DENSE:  # another rank is
+            states.pop(key, None)
+            states.pop(self, None)
+            outputs = programs.run(Program.DENSE, args)
+        elif history is None:
+            outputs = self._run_program(program, programs, state, args)
+        elif program is Program.FORECAST:
             telemetry.count("forecast")
             outputs = history.forecast(tick.time)
         else:
-            computed = self._run_beside(history, due, programs, state, tick, args)
+            computed = self._run_beside(history, program, beside, programs, state, tick, args)
             outputs = history.repay(tick.time, computed)
             history.record(tick.time, computed, tick.steps if owner.root.counted is not None else None)
         owner.root.end_call(self._analysis.layers)
@@ -233,6 +241,17 @@ class Runner(_Called):
         if may_wait and history is not None and history.reaches(tick.time):
             return Program.FORECAST
         return Program.DELTA if due is Program.FORECAST else due
+
+    def _corrects(self, history: History, tick: Tick) -> bool:
+        return self._config.forecast.residual > 0 and history.refreshed not in (None, tick.time)
+
+    def _learns(self, history: History, tick: Tick) -> bool:
+        """Whether a delta runs beside a refresh, to see what it misses."""
+        return self._corrects(history, tick) and tick.step >= self._config.schedule.warmup
+
+    def _run_dense(self, programs: Programs, args: Sequence):
+        self._ranks.agree(Program.DENSE)
+        return programs.run(Program.DENSE, args)
 
     def _is_too_short(self, tick: Tick) -> bool:
         """Whether the generation has too few steps for any to be less than a dense one, as far as is known."""
@@ -257,20 +276,27 @@ class Runner(_Called):
             return None
         return states.setdefault(self, History(self._config.forecast))
 
-    def _run_beside(self, history: History, due: Program, programs: Programs, state: State, tick: Tick, args: Sequence):
-        """A computed step; of a delta, what it is expected to miss is corrected."""
-        corrects = self._config.forecast.residual > 0 and history.refreshed not in (None, tick.time)
-        if due is Program.DELTA:
-            outputs = self._run_program(due, programs, state, args)
-            outputs = history.correct(tick.time, outputs) if corrects else outputs
-        else:
-            missing = corrects and tick.step >= self._config.schedule.warmup
-            # Copied: the refresh may write where the delta's outputs lie (CUDA graphs).
-            delta = [o.clone() for o in self._run_program(Program.DELTA, programs, state, args)] if missing else None
-            outputs = self._run_program(due, programs, state, args)
-            if delta is not None:
-                history.learn(tick.time, outputs, delta)
-            history.refreshed = tick.time
+    def _run_beside(
+        self,
+        history: History,
+        program: Program,
+        beside: bool,
+        programs: Programs,
+        state: State,
+        tick: Tick,
+        args: Sequence,
+    ):
+        """A computed step; of a delta, what it is expected to miss is corrected. beside: the delta runs too."""
+        if program is Program.DELTA:
+            corrects = self._corrects(history, tick)
+            outputs = self._run_program(program, programs, state, args)
+            return history.correct(tick.time, outputs) if corrects else outputs
+        # Copied: the refresh may write where the delta's outputs lie (CUDA graphs).
+        delta = [o.clone() for o in self._run_program(Program.DELTA, programs, state, args)] if beside else None
+        outputs = self._run_program(program, programs, state, args)
+        if delta is not None:
+            history.learn(tick.time, outputs, delta)
+        history.refreshed = tick.time
         return outputs
 
 
@@ -292,7 +318,8 @@ def callable_for(
         return Runner(gm, analysis, config, dense=dense)
     log.info("the graph goes to Inductor untouched: %s %s", analysis.reason.value, analysis.detail)
     tells_time = analysis.inputs.timesteps and analysis.inputs.parameters
-    return Timekeeper(analysis.inputs, inductor(), config) if tells_time else inductor()
+    untouched = ranks_of(gm).dense(inductor())
+    return Timekeeper(analysis.inputs, untouched, config) if tells_time else untouched
 
 
 def only_computes(canonical: fx.GraphModule) -> bool:

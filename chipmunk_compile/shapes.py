@@ -20,6 +20,7 @@ from .passes.lift_numbers import bind_numbers, lift_numbers, numbers_read
 from .passes.reasons import Reason
 from .plan import analyse
 from .programs import dense_program
+from .ranks import ranks_of
 from .runner import callable_for
 
 log = logging.getLogger(__name__)
@@ -75,7 +76,7 @@ class BySize:
     def _make(self, size: tuple, constants: Sequence[float], args: Sequence) -> Callable:
         if len(self._by_size) == MOST_SIZES:
             log.info("%s (%d)", Reason.TOO_MANY_SIZES.value, MOST_SIZES)
-            return self._run_dense
+            return ranks_of(self._dynamo).dense(self._run_dense)
         # A copy: what is traced for one size must not show in the graph that the next size is traced from.
         gm = bind_numbers(self._dynamo, dict(zip(self._constants, constants)))
         analysis = analyse(gm, args, self._config)

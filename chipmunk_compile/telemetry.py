@@ -7,7 +7,7 @@ import weakref
 from collections import Counter
 from collections.abc import Callable
 
-_COUNTED = ("dense", "refresh", "delta", "forecast", "generations", "streams", "misjudged", "compiles")
+_COUNTED = ("dense", "refresh", "delta", "forecast", "generations", "streams", "misjudged", "overruled", "compiles")
 _counts: Counter[str] = Counter()
 _lock = threading.Lock()
 # Everything that holds state; each has .state_bytes and .release().
@@ -24,8 +24,8 @@ def counters() -> dict[str, int]:
 
     Calls by program (`dense`, `refresh`, `delta`, `forecast`; one call of one captured graph counts one),
     `generations` and `streams` that began, `misjudged` (on a GPU: steps run before their timestep was read that were
-    not the next of their stream, and were run again), `compiles` (programs handed to Inductor), and `state_bytes`
-    held now.
+    not the next of their stream, and were run again), `overruled` (on several GPUs: calls that computed more than this
+    rank asked for, because another rank did), `compiles` (programs handed to Inductor), and `state_bytes` held now.
     """
     with _lock:
         counts = {name: _counts[name] for name in _COUNTED}
