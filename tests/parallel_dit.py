@@ -88,7 +88,7 @@ class Steps:
     def __iter__(self):
         for i in range(self.steps):
             done = i / self.steps
-            yield (1 - done) * self.noise + done * self.latents, torch.tensor([1 - done]), self.prompt
+            yield (1 - done) * self.noise + done * self.latents, self.noise.new_tensor([1 - done]), self.prompt
 
     def run(self, model) -> list[torch.Tensor]:
         with torch.no_grad():

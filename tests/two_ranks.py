@@ -1,4 +1,4 @@
-"""Two processes on this machine that stand for two GPUs: gloo between them, one thread each."""
+"""Two processes on this machine: on two GPUs with NCCL between them, or, one thread each and with gloo, for two."""
 
 from __future__ import annotations
 
@@ -18,27 +18,35 @@ import chipmunk_compile
 
 RANKS = 2
 # A rank that waits for one that failed gives up after this.
-PATIENCE = timedelta(seconds=60)
+PATIENCE = {"gloo": timedelta(seconds=120), "nccl": timedelta(seconds=400)}
+# NVLink multicast can put GPUs out of service that others share: off, where the environment does not say so already.
+WITHOUT_MULTICAST = {"NCCL_NVLS_ENABLE": "0", "TORCH_SYMM_MEM_DISABLE_MULTICAST": "1", "NVSHMEM_DISABLE_NVLS": "1"}
 
 
-def run_cases(cases: Mapping[str, Callable[[int], object]]) -> dict[str, list]:
+def run_cases(cases: Mapping[str, Callable[[int], object]], backend: str = "gloo") -> dict[str, list]:
     """For each case what it returned on each rank: `case(rank)`, one case after the other in the same processes.
 
-    A case that raised is the text of its traceback; those after it are missing.
+    backend: "gloo", or "nccl" with a GPU a rank. A case that raised is the text of its traceback; those after it are
+    missing.
     """
     with tempfile.TemporaryDirectory() as folder, socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
         probe.close()
-        torch.multiprocessing.spawn(_run, (port, folder, dict(cases)), nprocs=RANKS)
+        torch.multiprocessing.spawn(_run, (port, folder, dict(cases), backend), nprocs=RANKS)
         by_rank = [torch.load(Path(folder) / str(rank), weights_only=False) for rank in range(RANKS)]
     return {name: [results[name] for results in by_rank] for name in by_rank[0] if all(name in r for r in by_rank)}
 
 
-def _run(rank: int, port: int, folder: str, cases: dict[str, Callable[[int], object]]) -> None:
+def _run(rank: int, port: int, folder: str, cases: dict[str, Callable[[int], object]], backend: str) -> None:
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", rank=rank, world_size=RANKS, timeout=PATIENCE)
+    for name, value in WITHOUT_MULTICAST.items():
+        os.environ.setdefault(name, value)
+    if backend == "nccl":
+        torch.cuda.set_device(rank)
+    else:
+        torch.set_num_threads(1)
+    dist.init_process_group(backend, rank=rank, world_size=RANKS, timeout=PATIENCE[backend])
     results: dict[str, object] = {}
     for name, case in cases.items():
         try:
