@@ -38,6 +38,11 @@ class Ranks:
     def several(self) -> bool:
         return bool(self._groups)
 
+    @property
+    def count(self) -> int:
+        """The ranks of the largest group, this one among them; 1 where there is none."""
+        return max((group.size() for group in self._groups), default=1)
+
     def agree(self, program: Program, beside: bool = False) -> tuple[Program, bool]:
         """What all ranks run. All of them call this, once a call, in the same order as the collectives of the graph.
 

@@ -23,6 +23,7 @@ from .passes.sites import Declined
 from .passes.token_order import patch_size
 from .plan import Analysis, Plan, analyse, make_plan
 from .printing import write_kernels
+from .ranks import ranks_of
 from .schedule import Program, fewest_steps, pays, programs_of
 
 aten = torch.ops.aten
@@ -83,6 +84,7 @@ class GraphReport:
     dense_flops: int
     delta_flops: int
     refresh_flops: int
+    ranks: int = 1  # that run it together, exchanging tokens
 
 
 @dataclass(frozen=True)
@@ -208,6 +210,8 @@ class Report:
         lines.append(f"order      {self.permutation}")
         lines += [f"           {line}" for line in self.permutation.lines()]
         lines.append(f"clock      {self._clock()}")
+        if (ranks := max((g.ranks for g in self.graphs), default=1)) > 1:
+            lines.append(f"ranks      {ranks} exchange tokens; before each call they agree on its program")
         lines += [f"{'capture' if i == 0 else '':<10} {line}" for i, line in enumerate(self.capture.lines())]
         return [f"  {line}" for line in lines]
 
@@ -353,7 +357,8 @@ def _graph(analysis: Analysis, plan: Plan | None) -> GraphReport:
     saved = sum(t.dense_flops - t.delta_flops for t in plan.treatments) if plan is not None else 0
     more = sum(t.refresh_flops - t.dense_flops for t in plan.treatments) if plan is not None else 0
     timed = bool(analysis.inputs.timesteps)
-    return GraphReport(nodes, timed, analysis.reason, analysis.detail, dense, dense - saved, dense + more)
+    ranks = ranks_of(analysis.canonical).count if analysis.canonical else 1
+    return GraphReport(nodes, timed, analysis.reason, analysis.detail, dense, dense - saved, dense + more, ranks)
 
 
 def graph_flops(gm: fx.GraphModule) -> int:

@@ -12,6 +12,7 @@ import torch.distributed._functional_collectives as funcol
 import torch.nn.functional as F
 from torch import nn
 
+import chipmunk_compile
 from chipmunk_compile.passes.attention_sites import find_attention
 from chipmunk_compile.passes.collectives import collectives, groups
 from chipmunk_compile.passes.raise_fused_attention import FUSED, raise_fused_attention
@@ -253,6 +254,28 @@ def test_collectives_within_a_checkpoint_count():
         return torch.utils.checkpoint.checkpoint(lambda y: exchange(y).sin(), x, use_reentrant=False)
 
     assert groups(dynamo_graph(body, torch.randn(RANKS, 4))) == (dist.group.WORLD.group_name,)
+
+
+def test_the_report_says_how_many_ranks_run_a_graph():
+    report = chipmunk_compile.explain(Attend(ulysses), tokens(), options={"min_tokens": 8})
+    assert [graph.ranks for graph in report.graphs] == [RANKS]
+    assert f"ranks      {RANKS} exchange tokens" in report.to_text()
+    assert report.permutation.reason is Reason.SPREAD_TOKENS
+    assert chipmunk_compile.explain(nn.Linear(4, 4), torch.randn(3, 4)).graphs[0].ranks == 1
+
+
+def test_a_grid_is_an_error_on_one_rank_alone():
+    """The option of a script that ran on one GPU is no error on two, where it cannot be used."""
+    options = {"min_tokens": 8, "grid": (1, 3, 5)}
+    assert (
+        chipmunk_compile.explain(Attend(ulysses), tokens(), options=options).permutation.reason is Reason.SPREAD_TOKENS
+    )
+
+    def alone(m, x):
+        return F.scaled_dot_product_attention(*(p(x).transpose(1, 2) for p in (m.q, m.k, m.v)))
+
+    with pytest.raises(torch._dynamo.exc.BackendCompilerFailed, match="OptionError: grid"):
+        chipmunk_compile.explain(Attend(alone), tokens(), options=options)
 
 
 def test_a_graph_of_one_process_has_none():
