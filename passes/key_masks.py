@@ -14,6 +14,7 @@ import torch
 from torch import fx
 from torch.fx import Node
 
+from .collectives import is_collective
 from .nodes import aten, dtype, is_tensor, shape
 from .sites import AttentionSite, MlpSite
 
@@ -39,11 +40,14 @@ def has_boolean_mask(site: AttentionSite) -> bool:
 
 
 def mask_inputs(gm: fx.GraphModule, sites: Iterable[AttentionSite | MlpSite]) -> tuple[int, ...]:
-    """Positions of the graph's inputs that boolean key masks of the sites are made from."""
+    """Positions of the graph's inputs that boolean key masks of the sites are made from; none where other ranks' inputs
+    are among those, since nothing here would show that they changed."""
     stack = [s.key_mask for s in sites if isinstance(s, AttentionSite) and has_boolean_mask(s)]
     seen: set[Node] = set()
     while stack:
         node = stack.pop()
+        if is_collective(node.target):
+            return ()
         if node not in seen:
             seen.add(node)
             stack += node.all_input_nodes

@@ -17,6 +17,7 @@ import torch
 from networkx.algorithms.flow import boykov_kolmogorov
 from torch import fx
 
+from .collectives import is_collective
 from .sites import AttentionSite, MlpSite
 from .token_axis import Value
 from .token_links import is_element, is_tensor
@@ -136,7 +137,7 @@ def _edge(network: nx.DiGraph, a, b, price: float) -> None:
 def fixed_nodes(gm: fx.GraphModule, inputs: Collection[fx.Node]) -> set[fx.Node]:
     """Nodes that stay the same as long as `inputs` do: computed from those and from constants alone.
 
-    An input that the graph writes does not.
+    An input that the graph writes does not, and what other ranks send may be other than before.
     """
     out: set[fx.Node] = set()
     written = {n.args[0] for n in gm.graph.nodes if n.target is torch.ops.aten.copy_.default}
@@ -144,7 +145,7 @@ def fixed_nodes(gm: fx.GraphModule, inputs: Collection[fx.Node]) -> set[fx.Node]
         if node.op == "placeholder":
             held_still = node in inputs and node not in written
         elif node.op == "call_function":
-            held_still = all(x in out for x in node.all_input_nodes) and not _random(node.target)
+            held_still = all(x in out for x in node.all_input_nodes) and not _varies(node.target)
         else:
             held_still = node.op == "get_attr"
         if held_still:
@@ -152,5 +153,6 @@ def fixed_nodes(gm: fx.GraphModule, inputs: Collection[fx.Node]) -> set[fx.Node]
     return out
 
 
-def _random(target) -> bool:
-    return isinstance(target, torch._ops.OpOverload) and torch.Tag.nondeterministic_seeded in target.tags
+def _varies(target) -> bool:
+    random = isinstance(target, torch._ops.OpOverload) and torch.Tag.nondeterministic_seeded in target.tags
+    return random or is_collective(target)

@@ -15,9 +15,11 @@ from torch import nn
 import chipmunk_compile
 from chipmunk_compile.passes.attention_sites import find_attention
 from chipmunk_compile.passes.collectives import collectives, groups
+from chipmunk_compile.passes.key_masks import mask_inputs
 from chipmunk_compile.passes.raise_fused_attention import FUSED, raise_fused_attention
 from chipmunk_compile.passes.reasons import Reason
 from chipmunk_compile.passes.sdpa import SDPA
+from chipmunk_compile.passes.token_cut import fixed_nodes
 from tests.capture import capture
 
 RANKS, BATCH, SHARE, HEADS, DIM = 2, 3, 20, 4, 8  # SHARE: tokens of one rank
@@ -178,6 +180,32 @@ def test_keys_gathered_from_all_ranks():
         )
 
     assert refused(body, tokens()) is Reason.KEYS_OF_RANKS
+
+
+# --- what stays the same from call to call -----------------------------------------------------------------------
+
+
+def test_a_mask_of_other_ranks_is_never_taken_to_stay():
+    """Whether theirs changed does not show in this rank's inputs, and a delta without the mask would send nothing."""
+
+    def body(m, x, mask, exchanged):
+        keys = (
+            funcol.wait_tensor(funcol.all_gather_tensor(mask.int(), 1, dist.group.WORLD)).bool() if exchanged else mask
+        )
+        return F.scaled_dot_product_attention(*(to_heads(p(x)) for p in (m.q, m.k, m.v)), keys[:, None, None])
+
+    for length, exchanged, inputs in ((SHARE, True, 0), (RANKS * SHARE, False, 1)):
+        gm = captured(lambda m, x, mask, e=exchanged: body(m, x, mask, e), tokens(), torch.ones(BATCH, length).bool())
+        sites, reasons = find_attention(gm, min_tokens=8)
+        assert len(sites) == 1 and not reasons
+        assert len(mask_inputs(gm, sites)) == inputs
+
+
+def test_what_other_ranks_send_does_not_hold_still():
+    gm = captured(lambda m, x: (gathered(x).cos(), x.sin()), tokens())
+    (x,) = (node for node in gm.graph.nodes if node.op == "placeholder" and node.users)
+    still = {str(node.target) for node in fixed_nodes(gm, {x}) if node.op == "call_function"}
+    assert "aten.sin.default" in still and "aten.cos.default" not in still
 
 
 # --- kernels called by their names -------------------------------------------------------------------------------
