@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -18,7 +19,7 @@ from .kernels.ops import column_step, why_slow
 from .passes import PASSES
 from .passes.attention_sites import find_attention
 from .passes.canonical import canonicalise
-from .passes.collectives import collectives, groups, is_sharded
+from .passes.collectives import collectives, exchanged, groups, is_exchange, is_sharded
 from .passes.collector import collector_paused
 from .passes.lift_numbers import lift_numbers
 from .passes.lower import Treatment
@@ -37,7 +38,7 @@ from .passes.reasons import Reason
 from .passes.sites import AttentionSite, Declined, MlpSite
 from .passes.timestep import find_timesteps
 from .passes.token_axis import TokenAxes, analyse_tokens
-from .passes.token_order import Grid, chunk_lengths, grids_from_ids
+from .passes.token_order import Grid, chunk_lengths, grids_from_ids, share_of
 from .ranks import can_agree
 
 log = logging.getLogger(__name__)
@@ -98,6 +99,7 @@ class Plan:
     canonical: fx.GraphModule
     treatments: tuple[Treatment, ...]
     orders: tuple[torch.Tensor, ...]  # the permuted graph's last inputs, int64
+    order: int = 0  # names the order of tokens; 0 where they are as they come
 
 
 @collector_paused()
@@ -164,7 +166,21 @@ def make_plan(analysis: Analysis, grids: Sequence[tuple[Grid, ...] | None], conf
             chunks = site_chunks(analysis.axes, site, options.chunk, permutation, fitted)
         columns = site.kv_len if site.kind == "attention" else site.hidden
         treatments.append(Treatment(site, _kept(columns, options.sparsity, device), options.samples, chunks))
-    return Plan(analysis.canonical, tuple(treatments), tuple(indices))
+    return Plan(
+        analysis.canonical, tuple(treatments), tuple(indices), _name_of(orders, permutation, analysis.canonical)
+    )
+
+
+def _name_of(orders: Sequence[torch.Tensor], permutation: PermutationPlan | None, canonical: fx.GraphModule) -> int:
+    """Equal for equal orders, begun and ended at the same places of equal graphs; 48 bits."""
+    if all(torch.equal(order, torch.arange(len(order))) for order in orders):
+        return 0
+    place = {node: i for i, node in enumerate(canonical.graph.nodes)}
+    gathers = [(place.get(g.value), g.steps, [*map(place.get, g.users)]) for g in permutation.gathers]
+    digest = hashlib.sha256(repr(gathers).encode())
+    for order in orders:
+        digest.update(order.numpy().tobytes())
+    return int.from_bytes(digest.digest()[:6], "big") or 1
 
 
 def _permute(canonical, sites, axes: TokenAxes, inputs: Inputs, config: Config) -> PermutationPlan | Declined:
@@ -172,10 +188,14 @@ def _permute(canonical, sites, axes: TokenAxes, inputs: Inputs, config: Config) 
         return Declined("permutation", "", Reason.DISABLED_BY_OPTION, {"option": "order"})
     placeholders = [n for n in canonical.graph.nodes if n.op == "placeholder"]
     fixed = [node for i, node in enumerate(placeholders) if i not in (*inputs.user, *inputs.timesteps)]
-    plan = plan_permutation(canonical, sites, axes=axes, grid=config.grid, fixed=fixed)
+    ranks = max((exchanged(node) for node in collectives(canonical) if is_exchange(node)), default=1)
+    grid = share_of(config.grid, ranks) if config.grid is not None else None
+    if grid is None and config.grid is not None:
+        return Declined("permutation", "", Reason.SPREAD_TOKENS, {"grid": config.grid, "ranks": ranks})
+    plan = plan_permutation(canonical, sites, axes=axes, grid=grid, fixed=fixed)
     if isinstance(plan, Declined):
         if plan.reason in _NO_GRIDS and next(collectives(canonical), None) is not None:
-            return Declined("permutation", "", Reason.SPREAD_TOKENS)
+            return Declined("permutation", "", Reason.SPREAD_TOKENS, {"ranks": ranks})
         if plan.reason is Reason.GRID_MISMATCH:
             tokens = ", ".join(map(str, plan.detail["tokens"]))
             raise OptionError(

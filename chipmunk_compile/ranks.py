@@ -12,6 +12,7 @@ from __future__ import annotations
 import logging
 import weakref
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import fx
@@ -25,6 +26,14 @@ log = logging.getLogger(__name__)
 _BY_WORK = (Program.FORECAST, Program.DELTA, Program.REFRESH, Program.DENSE)
 # Host-side twins of the process groups that graphs use: a number exchanged there waits for no device.
 _twins: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
+
+
+class Agreement(NamedTuple):
+    """alike: whether the tokens of all ranks are in the same order, as far as it matters to the program."""
+
+    program: Program
+    beside: bool
+    alike: bool = True
 
 
 class Ranks:
@@ -43,23 +52,29 @@ class Ranks:
         """The ranks of the largest group, this one among them; 1 where there is none."""
         return max((group.size() for group in self._groups), default=1)
 
-    def agree(self, program: Program, beside: bool = False) -> tuple[Program, bool]:
+    def agree(self, program: Program, beside: bool = False, order: int = 0) -> Agreement:
         """What all ranks run. All of them call this, once a call, in the same order as the collectives of the graph.
 
         beside: whether the delta is to run beside a refresh (forecast.residual): only if all ranks want that.
+        order: names the order of this rank's tokens. The tokens of all ranks meet in attention, so all are dense where
+        their orders differ.
         Where groups are several (ring and Ulysses, say), the maximum over one and then the other is that over all, as
         long as they are the axes of a mesh.
         """
         if not self._groups:
-            return program, beside
-        wanted = torch.tensor([_BY_WORK.index(program), int(not beside)])
+            return Agreement(program, beside)
+        wanted = torch.tensor([_BY_WORK.index(program), int(not beside), order, -order])
         for group in self._groups:
             torch.distributed.all_reduce(wanted, torch.distributed.ReduceOp.MAX, group=_twin(group))
-        work, apart = wanted.tolist()
-        if _BY_WORK[work] is not program:
+        work, apart, most, least = wanted.tolist()
+        agreed = _BY_WORK[work]
+        alike = most == -least or agreed is Program.DENSE
+        if not alike:
+            agreed = Program.DENSE
+        if agreed is not program:
             telemetry.count("overruled")
-            log.debug("another rank runs %s: so does this one, instead of %s", _BY_WORK[work].value, program.value)
-        return _BY_WORK[work], not apart and _BY_WORK[work] is Program.REFRESH
+            log.debug("another rank needs %s: so this one runs it, instead of %s", agreed.value, program.value)
+        return Agreement(agreed, not apart and agreed is Program.REFRESH, alike)
 
     def dense(self, compiled: Callable) -> Callable:
         """`compiled`, for a graph that always is dense: other ranks may have found more in theirs."""

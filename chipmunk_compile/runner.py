@@ -111,6 +111,7 @@ class Runner(_Called):
         self._by_grid: dict[tuple, Programs] = {}
         self.programs: Programs | None = None
         self._said_too_short = False
+        self._keeps_order = False  # tokens are as they come: other ranks would reorder theirs otherwise
 
     def __call__(self, *args):
         owner = self._owners.of(args)
@@ -166,6 +167,8 @@ class Runner(_Called):
         unread = self.programs is not None and (counts or not self._analysis.reads_grid)
         if not unread and len(self._by_grid) < MOST_ORDERS:
             grids = self._analysis.grids(args)
+            if self._keeps_order:
+                grids = (None,) * len(grids)
             if grids not in self._by_grid:
                 plan = make_plan(self._analysis, grids, self._config)
                 self._by_grid[grids] = Programs(self._dynamo, plan, self._config, self._compiler, self._dense)
@@ -213,7 +216,9 @@ class Runner(_Called):
             history.filled = False
         due = self._due(history, state, tick)
         learns = due is Program.REFRESH and history is not None and self._learns(history, tick)
-        program, beside = self._ranks.agree(due, learns)
+        program, beside, alike = self._ranks.agree(due, learns, programs.plan.order)
+        if not alike:
+            self._keep_order(tick)
         if program is Program.DENSE:  # another rank is
             states.pop(key, None)
             states.pop(self, None)
@@ -229,6 +234,12 @@ class Runner(_Called):
             history.record(tick.time, computed, tick.steps if owner.root.counted is not None else None)
         owner.root.end_call(self._analysis.layers)
         return outputs
+
+    def _keep_order(self, tick: Tick) -> None:
+        log.info("%s: its order differs by rank", Reason.SPREAD_TOKENS.value)
+        self._keeps_order, self.programs = True, None
+        self._by_grid.clear()
+        tick.stream.programs.pop(self, None)
 
     def _due(self, history: History | None, state: State, tick: Tick) -> Program:
         """What this step runs. Where forecasts are judged, the computed steps are the ones counted for refreshes."""

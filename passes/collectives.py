@@ -12,6 +12,7 @@ whichever rank".
 
 from __future__ import annotations
 
+import functools
 import operator
 import sys
 from collections.abc import Iterator
@@ -67,6 +68,34 @@ def groups(gm: fx.GraphModule) -> tuple[str, ...]:
     return tuple(found)
 
 
+def _packets(name: str) -> list[object]:
+    """The op of that name of every namespace that has one; none where torch was built without them."""
+    namespaces = [getattr(torch.ops, namespace) for namespace in _NAMESPACES]
+    return [getattr(space, name) for space in namespaces if hasattr(space, name)]
+
+
+@functools.cache
+def packet_defaults(name: str) -> frozenset[object]:
+    return frozenset(packet.default for packet in _packets(name))
+
+
+def is_wait(node: Node) -> bool:
+    return node.target in packet_defaults("wait_tensor")
+
+
+def is_exchange(node: Node) -> bool:
+    """Whether a node sends part w of the first axis to rank w, in equal parts, and gets as much from each."""
+    return node.target in packet_defaults("all_to_all_single") and exchanged(node) > 1
+
+
+def exchanged(node: Node) -> int:
+    """How many equal parts an exchange has, one a rank; 0 where they are not."""
+    source, received, sent = node.args[:3]
+    world = len(sent)
+    equal = world and len({*received, *sent}) == 1 and sent[0] * world == shape(source)[0]
+    return world if equal else 0
+
+
 # --- where tokens come from (see origins) -------------------------------------------------------------------------
 
 
@@ -80,12 +109,10 @@ def _all_to_all(node: Node, known: dict[Node, Labels]) -> Labels | None:
     What was split over ranks (heads, on the way to attention) is this rank's share of it from here on. Where tokens of
     all ranks were, sorted by rank, each rank gets its own back: they are those that it had.
     """
-    source, received, sent, group = node.args
-    world, size = len(sent), shape(source)[0]
-    if world == 1:
-        return known[source]
-    if len({*received, *sent}) != 1 or sent[0] * world != size:
-        return None
+    source, group = node.args[0], node.args[3]
+    world, size = exchanged(node), shape(source)[0]
+    if world < 2:
+        return known[source] if world else None
     ranks = ranks_label(group, world)
     parts, within = _split_first(known[source][0], world, size)
     rest = [within, *known[source][1:]]
@@ -104,12 +131,6 @@ def _split_first(label: Label, world: int, size: int) -> list[Label]:
     if size == world:
         return [label, constant(1)]
     return regroup([label], [size], [world, size // world])
-
-
-def _packets(*names: str) -> list[object]:
-    """Of every namespace that has the op; none where torch was built without them."""
-    namespaces = [getattr(torch.ops, name) for name in _NAMESPACES]
-    return [getattr(space, name) for space in namespaces for name in names if hasattr(space, name)]
 
 
 ORIGIN_RULES: dict[object, Rule] = {

@@ -19,6 +19,7 @@ from torch import fx
 from ..kernels import ops  # noqa: F401  (defines torch.ops.chipmunk)
 from ..kernels.reference import sample_table
 from .canonical import clean
+from .exchanges import flatten_exchanges
 from .graphs import graph_module
 from .keep_gathers import kept_gathers, use_kept
 from .key_masks import attended_keys, has_boolean_mask
@@ -154,6 +155,7 @@ def lower(
     for node in graph.nodes:
         if node.target is aten.view.default:  # of values that may be laid out otherwise than those it was traced on
             node.target = aten.reshape.default
+    flatten_exchanges(lowered)
     call_quantised(graph)
     return clean(lowered)
 

@@ -44,7 +44,9 @@ class Reason(enum.Enum):
     NO_GRID = "nothing says how the tokens lie in time and space: set options={'grid': (frames, height, width)}"
     AMBIGUOUS_GRID = "views contradict each other about the grid: set options={'grid': (frames, height, width)}"
     GRID_MISMATCH = "no self-attention has as many tokens as the given grid"
-    SPREAD_TOKENS = "each rank holds a part of the tokens (context parallelism), so the grid is no rank's own"
+    SPREAD_TOKENS = (
+        "each rank's part of the tokens is not known to be a grid: set options={'grid': (frames, height, width)}"
+    )
     WALLED_IN = "going around the ops that fix the order of tokens costs more than token order is worth"
     # One call.
     NO_CLOCK = "no evidence of step and stream: no timestep input, no generation(), no steps option"

@@ -21,6 +21,7 @@ import torch
 from torch import fx
 
 from . import token_rules  # noqa: F401  (registers the rules)
+from .collectives import is_exchange
 from .collector import collector_paused
 from .token_links import Call, Link, Span, call_of, is_element, shape_of
 
@@ -54,10 +55,12 @@ class TokenAxes:
 
     ropes: for each tensor, one rope a dimension (dimensions of size one: empty ropes).
     calls: for each op that has a rule, its links.
+    ranks: axes that run over the ranks of a group, around the share of each.
     """
 
     ropes: Mapping[Value, tuple[Rope, ...]]
     calls: Mapping[fx.Node, Call]
+    ranks: frozenset[Rope] = frozenset()
 
     def rope(self, node: fx.Node, dim: int) -> Rope:
         """One axis of a node that is a tensor."""
@@ -240,14 +243,33 @@ def analyse_tokens(gm: fx.GraphModule) -> TokenAxes:
                 if not link.weak:
                     lines.follow(call, link)
     weak = [(call, link) for call in calls.values() for link in call.links if link.weak]
+    exchanges = [node for node in gm.graph.nodes if node in calls and is_exchange(node)]
+    weak = _follow_shares(lines, weak, exchanges)
     _follow_weak(lines, weak, [node for node in gm.graph.nodes if node.target is ATTENTION])
-    return TokenAxes(lines.frozen(), calls)
+    ropes = lines.frozen()
+    return TokenAxes(ropes, calls, frozenset(ropes[x, 0][0] for node in exchanges for x in (node, node.args[0])))
 
 
 def query_and_key(attention: fx.Node) -> tuple[fx.Node, fx.Node]:
     """The first two operands of an `aten.scaled_dot_product_attention` node, [..., tokens, head_dim] each."""
     query, key = (*attention.args, *attention.kwargs.values())[:2]
     return query, key
+
+
+def _follow_shares(lines: _Lines, weak: list[tuple[Call, Link]], exchanges: list[fx.Node]) -> list:
+    """Follows the links by which [ranks, share] becomes [all tokens]: every rank has its share in the same order.
+    What is left of `weak`."""
+    ranks = {cell for node in exchanges for x in (node, node.args[0]) for cell in leaves(lines.ropes[x, 0][0])}
+    rest = []
+    for call, link in weak:
+        short = link.spans[0]
+        around = lines.rope(call, short._replace(dim=short.dim - 1)) if short.dim and ranks else []
+        cells = leaves(around)
+        if cells and ranks.issuperset(cells) and sum(c.length for c in cells) == len(link.spans) - 1:
+            lines.follow(call, link)
+        else:
+            rest.append((call, link))
+    return rest
 
 
 def _follow_weak(lines: _Lines, weak: list[tuple[Call, Link]], sites: list[fx.Node]) -> None:

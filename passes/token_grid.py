@@ -125,6 +125,8 @@ def _folds(axes: TokenAxes) -> dict[Rope, list[_Fold]]:
             continue
         ropes = axes.ropes[call.inputs[0], 0], axes.ropes[node, 0]
         for sides in shape_groups(x.shape, y.shape):
+            if any(rope[d] in axes.ranks for rope, dims in zip(ropes, sides) for d in dims):
+                continue  # ranks and their shares are no rows and columns
             ends = [(shape, dims, rope) for shape, dims, rope in zip((x.shape, y.shape), sides, ropes)]
             for (shape, dims, rope), (other, others, other_ropes) in (ends, ends[::-1]):
                 fold = _fold(node, shape[dims[-1]], [(other[d], other_ropes[d]) for d in others])

@@ -100,6 +100,8 @@ class Unreadable(Exception):
 
 Rule = Callable[[Signature], Iterable[Link]]
 RULES: dict[object, Rule] = {}
+# Of exchanges between ranks. What they claim is about all ranks together: each permutes its own values, all alike.
+RANK_RULES: dict[object, Rule] = {}
 
 
 def rule(*overloads: str) -> Callable[[Rule], Rule]:
@@ -164,6 +166,8 @@ def _links(signature: Signature) -> tuple[Signature, tuple[Link, ...]]:
 @functools.cache
 def rule_of(target) -> Rule | None:
     """The rule of an op: its own, or that of all ops which torch itself tags as pointwise."""
+    if target in RANK_RULES:
+        return RANK_RULES[target]
     if target in RULES or not isinstance(target, torch._ops.OpOverload) or target.namespace != "aten":
         return RULES.get(target)
     random = torch.Tag.nondeterministic_seeded in target.tags

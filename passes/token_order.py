@@ -108,6 +108,15 @@ def _hilbert(grid: Grid) -> torch.Tensor:
     return place.argsort()
 
 
+def share_of(grid: Grid, ranks: int) -> Grid | None:
+    """The box that each of `ranks` equal runs of a grid's tokens is; None where they are no boxes, or unlike ones."""
+    frames, rows, columns = grid
+    if frames % ranks == 0:
+        return frames // ranks, rows, columns
+    parts, rest = divmod(ranks, frames)  # of each frame
+    return (1, rows // parts, columns) if not rest and rows % parts == 0 else None
+
+
 def grids_from_ids(ids: torch.Tensor) -> tuple[Grid, ...] | None:
     """Reads the grids off position ids: [tokens, axes] or [batch, tokens, axes], the fastest axis last.
 

@@ -10,7 +10,8 @@ import string
 from collections.abc import Iterator
 
 from . import token_rules_shape  # noqa: F401  (registers its rules)
-from .token_links import Link, Signature, Unreadable, alike, free, lettered, pointwise, rule, trailing
+from .collectives import packet_defaults
+from .token_links import RANK_RULES, Link, Signature, Unreadable, alike, free, lettered, pointwise, rule, trailing
 
 # --- pointwise ----------------------------------------------------------------------------------------------
 
@@ -94,6 +95,23 @@ def counting(call: Signature) -> Iterator[Link]:
     """Positions themselves: rigid."""
     return iter(())
 
+
+# --- other ranks ---
+
+
+def exchange(call: Signature) -> Iterator[Link]:
+    """Parts of the first dim change places between ranks; the others move along."""
+    x = call.inputs[0]
+    for dim in range(1, x.ndim):
+        yield from alike((x, dim), (call.out, dim))
+
+
+def wait(call: Signature) -> Iterator[Link]:
+    return trailing(call.inputs, call.out)
+
+
+RANK_RULES.update(dict.fromkeys(packet_defaults("all_to_all_single"), exchange))
+RANK_RULES.update(dict.fromkeys(packet_defaults("wait_tensor"), wait))
 
 # --- products -----------------------------------------------------------------------------------------------
 

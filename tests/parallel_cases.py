@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
+from functools import partial
 from unittest.mock import patch
 
 import torch
@@ -11,16 +13,18 @@ import torch.distributed as dist
 
 import chipmunk_compile
 from chipmunk_compile.backend import chipmunk
+from chipmunk_compile.passes.permute_tokens import plan_permutation
 from chipmunk_compile.runner import Runner
 from tests import tiny_models
 from tests.parallel_dit import GatheringBlock, RingBlock, Steps, UlyssesBlock, spread
+from tests.tiny_parts import image_ids
 from tests.toy_dit import SMALL, toy, worst
 from tests.two_ranks import RANKS, enable_context_parallelism
 
 EXACT = {"preset": "exact", "order": "raster"}
 SPARSE = {"attention.sparsity": 0.6, "mlp.sparsity": 0.6, "order": "raster"}
-FLUX = dict(height=8, width=8, text=8, layers=1, single=1)
-WAN = dict(frames=2, height=8, width=8, layers=1)
+FLUX = dict(height=16, width=16, text=8, layers=1, single=1)
+WAN = dict(frames=2, height=8, width=16, layers=1)
 
 
 @dataclass
@@ -33,6 +37,7 @@ class Outcome:
     accelerated: list[str] = field(default_factory=list)  # kinds of the sites
     reasons: list[str] = field(default_factory=list)  # of attention that stays dense
     order: str = ""  # why tokens keep their order
+    reordered: bool = False
     alone: int = 0
 
 
@@ -68,6 +73,7 @@ def outcome(outputs, reference, runners) -> Outcome:
         [site.kind for a in analyses for site in a.sites],
         [d.reason.name for a in analyses for d in a.declined if d.kind == "attention"],
         getattr(getattr(order, "reason", None), "name", ""),
+        any(runner.programs.plan.order for runner in runners if isinstance(runner, Runner) and runner.programs),
     )
 
 
@@ -161,8 +167,9 @@ def _loop(model, kwargs, steps: int = 5) -> list[torch.Tensor]:
         ]
 
 
-def _diffusers(rank: int, name: str, sizes: dict, options: dict, sparse: bool = False) -> Outcome:
+def _diffusers(rank: int, name: str, sizes: dict, options: dict, sparse: bool = False, **inputs) -> Outcome:
     model, kwargs = tiny_models.MODELS[name](**sizes)
+    kwargs |= inputs
     alone, _ = compiled(model, **options)
     with programs_as_they_are():
         reference = _loop(alone if sparse else model, kwargs)
@@ -173,12 +180,29 @@ def _diffusers(rank: int, name: str, sizes: dict, options: dict, sparse: bool = 
         return outcome(_loop(fast, kwargs), reference, runners)
 
 
+@contextmanager
+def permuted_at_any_price():
+    """Tiny models are not worth it."""
+    with patch("chipmunk_compile.plan.plan_permutation", partial(plan_permutation, share=math.inf)):
+        yield
+
+
 def flux(rank: int) -> Outcome:
-    return _diffusers(rank, "flux", FLUX, {"preset": "exact", "grid": (1, 8, 8)})
+    """Ids say that each rank's half of the picture is a grid of its own."""
+    with permuted_at_any_price():
+        return _diffusers(rank, "flux", FLUX, {"preset": "exact"})
 
 
-def wan(rank: int) -> Outcome:
-    return _diffusers(rank, "wan", WAN, EXACT)
+def flux_with_unlike_halves(rank: int) -> Outcome:
+    """Two pictures, one lying and one standing: each rank has one, and would reorder it in its own way."""
+    ids = torch.cat([image_ids(8, 16), image_ids(16, 8)])
+    with permuted_at_any_price():
+        return _diffusers(rank, "flux", FLUX, {"preset": "exact"}, img_ids=ids)
+
+
+def wan_in_boxes(rank: int) -> Outcome:
+    with permuted_at_any_price():
+        return _diffusers(rank, "wan", WAN, {"preset": "exact", "grid": (2, 8, 16)})
 
 
 def wan_sparse(rank: int) -> Outcome:
@@ -275,7 +299,8 @@ CASES = {
         unlike_forecasts,
         unlike_corrections,
         flux,
-        wan,
+        flux_with_unlike_halves,
+        wan_in_boxes,
         wan_sparse,
         flux_in_blocks,
         fsdp,

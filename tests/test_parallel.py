@@ -5,7 +5,7 @@ import torch
 
 from tests import parallel_cases
 from tests.parallel_cases import CASES, COUNTED
-from tests.two_ranks import RANKS, run_cases
+from tests.two_ranks import run_cases
 
 gloo = torch.distributed.is_available() and torch.distributed.is_gloo_available()
 pytestmark = pytest.mark.skipif(not gloo, reason="torch was built without gloo")
@@ -41,7 +41,7 @@ def test_a_rank_keeps_state_for_its_heads_and_its_tokens(results):
         assert result.alone / 2 <= result.counts["state_bytes"] < 0.6 * result.alone
 
 
-@pytest.mark.parametrize("name", ["flux", "wan", "flux_in_blocks"])
+@pytest.mark.parametrize("name", ["flux", "wan_in_boxes", "flux_in_blocks"])
 def test_models_of_diffusers_at_sparsity_0_equal_one_rank(results, name):
     for result in of(results, name):
         assert result.error < 1e-5
@@ -49,9 +49,18 @@ def test_models_of_diffusers_at_sparsity_0_equal_one_rank(results, name):
         assert result.counts["delta"] >= 3 and result.counts["overruled"] == 0
 
 
-def test_a_grid_that_no_rank_holds_alone_leaves_the_order(results):
-    """[text, image of rank 0 | text, image of rank 1]: the same script runs on one GPU and on two."""
-    assert [result.order for result in of(results, "flux")] == ["SPREAD_TOKENS"] * RANKS
+@pytest.mark.parametrize("name", ["flux", "wan_in_boxes"])
+def test_chunks_are_boxes_of_each_rank_s_share(results, name):
+    """Ids say the grid of a share, or the option `grid` that of the whole."""
+    for result in of(results, name):
+        assert result.reordered and not result.order
+
+
+def test_shares_of_unlike_grids_keep_their_order_on_all_ranks(results):
+    """Each rank's ids are a grid, but another one: that shows at the first call, which is dense."""
+    for result in of(results, "flux_with_unlike_halves"):
+        assert result.error < 1e-5 and not result.reordered
+        assert (result.counts["dense"], result.counts["refresh"], result.counts["delta"]) == (1, 1, 3)
 
 
 @pytest.mark.parametrize("name, reason", [("gathered_keys", "KEYS_OF_RANKS"), ("ring", "PARTIAL_ATTENTION")])

@@ -5,6 +5,8 @@ Collectives are those of torch's fake process group: two ranks, of which one is 
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -15,11 +17,16 @@ from torch import nn
 import chipmunk_compile
 from chipmunk_compile.passes.attention_sites import find_attention
 from chipmunk_compile.passes.collectives import collectives, groups
+from chipmunk_compile.passes.exchanges import flatten_exchanges, raise_exchanges
 from chipmunk_compile.passes.key_masks import mask_inputs
+from chipmunk_compile.passes.permute_tokens import plan_permutation, site_chunks
 from chipmunk_compile.passes.raise_fused_attention import FUSED, raise_fused_attention
 from chipmunk_compile.passes.reasons import Reason
 from chipmunk_compile.passes.sdpa import SDPA
+from chipmunk_compile.passes.token_axis import analyse_tokens
 from chipmunk_compile.passes.token_cut import fixed_nodes
+from chipmunk_compile.passes.token_links import call_of
+from chipmunk_compile.passes.token_order import share_of
 from tests.capture import capture
 
 RANKS, BATCH, SHARE, HEADS, DIM = 2, 3, 20, 4, 8  # SHARE: tokens of one rank
@@ -180,6 +187,95 @@ def test_keys_gathered_from_all_ranks():
         )
 
     assert refused(body, tokens()) is Reason.KEYS_OF_RANKS
+
+
+# --- tokens in another order -------------------------------------------------------------------------------------
+
+
+def test_exchanges_move_all_axes_but_the_first():
+    """The claim of the token rule, with all ranks in one process: permuted alike before, permuted alike after."""
+    gm = raise_exchanges(captured(lambda m, x: to_heads(m.q(x)), tokens()))
+    (node,) = (node for node in gm.graph.nodes if "all_to_all_single" in str(node.target))
+    call = call_of(node)
+    assert [[(span.slot, span.dim) for span in link.spans] for link in call.links] == [
+        [(0, dim), (-1, dim)] for dim in range(1, 5)
+    ]
+    parts = torch.randn(RANKS, *node.meta["val"].shape)  # of each rank
+
+    def exchanged(parts):
+        return parts.transpose(0, 1)
+
+    for link in call.links:
+        dim = link.spans[0].dim + 1
+        order = torch.randperm(parts.shape[dim])
+        torch.testing.assert_close(
+            exchanged(parts.index_select(dim, order)), exchanged(parts).index_select(dim, order), rtol=0, atol=0
+        )
+
+
+def test_exchanges_are_raised_and_flattened_again():
+    gm = captured(ulysses, tokens())
+    before = [node.args[1:] for node in collectives(gm) if "all_to_all" in node.name]
+    raised = raise_exchanges(gm)
+    assert all(len(node.meta["val"].shape) == 5 for node in collectives(raised))
+    flatten_exchanges(raised)
+    raised.graph.lint()
+    assert [node.args[1:] for node in collectives(raised) if "all_to_all" in node.name] == before != []
+
+
+def test_what_is_exchanged_in_one_shape_and_read_in_another_is_left():
+    def body(m, x):
+        flat = funcol.all_to_all_single(m.q(x).flatten(), None, None, dist.group.WORLD)
+        return funcol.wait_tensor(flat).view(RANKS, -1)
+
+    gm = captured(body, tokens())
+    before = [node.name for node in gm.graph.nodes]
+    assert [node.name for node in raise_exchanges(gm).graph.nodes] == before
+
+
+def test_all_tokens_are_the_shares_of_all_ranks_in_one_order():
+    """[text, image | text, image]: the image's permutation is that of each share, and ends at no exchange."""
+    text = 7
+
+    def body(m, x, t):
+        q, k, v = (torch.cat([p(t), p2(x)], 1) for p, p2 in ((m.q, m.q2), (m.k, m.k2), (m.v, m.v2)))
+        out = to_tokens(F.scaled_dot_product_attention(*map(to_heads, (q, k, v))))
+        return out[:, text:].flatten(2)
+
+    gm = raise_exchanges(captured(body, tokens(), tokens(text)))
+    (site,), _ = find_attention(gm, min_tokens=8)
+    axes = analyse_tokens(gm)
+    assert [piece.length for piece in axes.rope(site.query, -2)] == [text, SHARE] * RANKS
+    plan = plan_permutation(gm, [site], axes=axes, grid=(1, 4, 5), share=math.inf)
+    assert plan.sites == {site.node} and not plan.walls
+    assert sorted((plan.direction(g), tuple(g.value.meta["val"].shape)) for g in plan.gathers) == [
+        ("in", (BATCH, SHARE, WIDTH)), ("out", (BATCH, SHARE, WIDTH))
+    ]  # fmt: skip
+    lengths = (8, 12)
+    assert site_chunks(axes, site, 8, plan, [lengths]) == (text, *lengths) * RANKS
+
+
+def test_ranks_and_their_shares_are_no_rows_and_columns():
+    """Views of [ranks, share] fold the tokens as a picture's rows and columns would."""
+    gm = raise_exchanges(captured(ulysses, tokens()))
+    sites, _ = find_attention(gm, min_tokens=8)
+    assert plan_permutation(gm, sites, share=math.inf).reason is Reason.NO_GRID
+
+
+@pytest.mark.parametrize(
+    "grid, ranks, share",
+    [
+        ((4, 6, 8), 2, (2, 6, 8)), ((4, 6, 8), 8, (1, 3, 8)), ((1, 6, 8), 3, (1, 2, 8)), ((1, 6, 8), 1, (1, 6, 8)),
+        ((3, 6, 8), 2, None), ((1, 5, 8), 2, None), ((2, 6, 8), 8, None), ((1, 6, 8), 12, None),
+    ],
+)  # fmt: skip
+def test_the_share_of_a_rank_is_a_box_or_nothing(grid, ranks, share):
+    assert share_of(grid, ranks) == share
+    if share is not None:
+        frames, rows, columns = torch.meshgrid(*map(torch.arange, grid), indexing="ij")
+        for part in torch.stack([frames, rows, columns], -1).view(ranks, -1, 3):
+            spans = [len(part[:, axis].unique()) for axis in range(3)]
+            assert tuple(spans) == share and len(part) == math.prod(share)
 
 
 # --- what stays the same from call to call -----------------------------------------------------------------------
