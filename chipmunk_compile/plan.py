@@ -19,7 +19,7 @@ from .kernels.ops import column_step, why_slow
 from .passes import PASSES
 from .passes.attention_sites import find_attention
 from .passes.canonical import canonicalise
-from .passes.collectives import collectives, exchanged, groups, is_exchange, is_sharded
+from .passes.collectives import collectives, exchanged, groups, is_exchange, is_sharded, knows_groups
 from .passes.collector import collector_paused
 from .passes.lift_numbers import lift_numbers
 from .passes.lower import Treatment
@@ -111,7 +111,7 @@ def analyse(gm: fx.GraphModule, example_inputs: Sequence[Any], config: Config) -
     inputs = _classify(gm, example_inputs)
     if sharded := sum(map(is_sharded, example_inputs)):
         return Analysis(inputs, reason=Reason.SHARDED_WEIGHTS, detail=f"({sharded} inputs)")
-    if groups(gm) and not can_agree():
+    if not knows_groups(gm) or (groups(gm) and not can_agree()):
         return Analysis(inputs, reason=Reason.RANKS_APART)
     try:
         canonical = canonicalise(lift_numbers(gm)[0], stand_ins(gm, example_inputs))

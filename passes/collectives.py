@@ -56,16 +56,25 @@ def collectives(gm: fx.GraphModule) -> Iterator[Node]:
 
 def groups(gm: fx.GraphModule) -> tuple[str, ...]:
     """The names of the process groups that a graph's collectives run over, each once, in the order of first use."""
-    found: dict[str, None] = {}
-    for node in collectives(gm):
-        packet = getattr(node.target, "overloadpacket", node.target)
-        for overload in packet.overloads():
-            arguments = getattr(packet, overload)._schema.arguments
-            names = [argument.name for argument in arguments]
-            given = dict(zip(names, node.args)) | dict(node.kwargs)
-            if isinstance(given.get("group_name"), str):
-                found[given["group_name"]] = None
-    return tuple(found)
+    return tuple(dict.fromkeys(name for name in map(_group, collectives(gm)) if name is not None))
+
+
+def knows_groups(gm: fx.GraphModule) -> bool:
+    """Whether every collective of a graph names the group it runs over."""
+    return all(_group(node) is not None or _packet(node) in _packets("wait_tensor") for node in collectives(gm))
+
+
+def _group(node: Node) -> str | None:
+    packet = _packet(node)
+    arguments = getattr(packet, packet.overloads()[0])._schema.arguments
+    given = dict(zip([argument.name for argument in arguments], node.args)) | dict(node.kwargs)
+    group = given.get("group_name")  # the group itself, in some graphs
+    name = getattr(group, "group_name", group)
+    return name if isinstance(name, str) else None
+
+
+def _packet(node: Node) -> object:
+    return getattr(node.target, "overloadpacket", node.target)
 
 
 def _packets(name: str) -> list[object]:
@@ -92,8 +101,8 @@ def exchanged(node: Node) -> int:
     """How many equal parts an exchange has, one a rank; 0 where they are not."""
     source, received, sent = node.args[:3]
     world = len(sent)
-    equal = world and len({*received, *sent}) == 1 and sent[0] * world == shape(source)[0]
-    return world if equal else 0
+    known = all(isinstance(part, int) for part in (*received, *sent))
+    return world if known and len({*received, *sent}) == 1 and sent[0] * world == shape(source)[0] else 0
 
 
 # --- where tokens come from (see origins) -------------------------------------------------------------------------

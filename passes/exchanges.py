@@ -21,8 +21,10 @@ from .nodes import VIEWS, emit, shape, substitute
 
 def raise_exchanges(gm: fx.GraphModule) -> fx.GraphModule:
     """view(wait(all_to_all(view(x, [n]))), x.shape)  ->  wait(all_to_all(x)), where x.shape[0] counts the ranks."""
-    for node in list(gm.graph.nodes):
-        if not is_exchange(node) or len(shape(node)) != 1 or (source := _unflattened(node)) is None:
+    flat = [node for node in gm.graph.nodes if is_exchange(node) and len(shape(node)) == 1]
+    for node in flat:
+        source = _unflattened(node)
+        if source is None:
             continue
         views = _readers(node)
         with gm.graph.inserting_before(next(iter(node.users))):
@@ -31,7 +33,7 @@ def raise_exchanges(gm: fx.GraphModule) -> fx.GraphModule:
             came = emit(gm.graph, next(iter(node.users)).target, sent, like=node)
         for view in views:
             substitute(view, came)
-    return clean(gm)
+    return clean(gm) if flat else gm
 
 
 def _unflattened(node: Node) -> Node | None:

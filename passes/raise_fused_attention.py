@@ -31,12 +31,12 @@ def raise_fused_attention(gm: fx.GraphModule) -> fx.GraphModule:
     and the same for cuDNN's, the memory-efficient and the CPU's kernel. Only where nothing but the output is read: a
     log-sum-exp that is read joins partial attentions (ring), which is another function.
     """
-    for node in list(gm.graph.nodes):
-        if node.target in FUSED and not joins_parts(node):
-            for output in list(node.users):
-                with gm.graph.inserting_before(output):
-                    substitute(output, emit_sdpa(gm.graph, read_fused(node), like=output))
-    return clean(gm)
+    fused = [node for node in gm.graph.nodes if node.target in FUSED and not joins_parts(node)]
+    for node in fused:
+        for output in [user for user in node.users if user.users]:
+            with gm.graph.inserting_before(output):
+                substitute(output, emit_sdpa(gm.graph, read_fused(node), like=output))
+    return clean(gm) if fused else gm
 
 
 def read_fused(node: Node) -> Sdpa:

@@ -36,7 +36,9 @@ class Reason(enum.Enum):
     NO_LASTING_OWNER = "parameters are other objects at every call (sequential offload): no state can be kept"
     NO_CANONICAL_FORM = "the graph could not be exported to functional ATen"
     SHARDED_WEIGHTS = "weights are DTensors (tensor parallelism): what they compute is no graph of plain tensors yet"
-    RANKS_APART = "other ranks run this graph too, and torch has no gloo over which to agree on each step's program"
+    RANKS_APART = (
+        "other ranks run this graph too, and it is not known over what to agree with them on each step's program"
+    )
     ALIASED_MUTATION = "the graph mutates an input whose storage another input shares"
     TRAINING = "gradients are required"
     TOO_MANY_SIZES = "programs were compiled for as many sizes of this graph as are kept; this one stays dense"

@@ -19,7 +19,7 @@ SIDE, TEXT = 64, 512
 MODEL = dict(num_layers=1, num_single_layers=2, guidance_embeds=True)
 DEVICE = "cuda"
 STEPS = 12
-SCHEDULE = {"schedule.refresh_at": [], "order": "raster"}  # all deltas behind the warm-up
+SCHEDULE = {"schedule.refresh_at": []}  # all deltas behind the warm-up
 
 
 @dataclass

@@ -16,7 +16,7 @@ from torch import nn
 
 import chipmunk_compile
 from chipmunk_compile.passes.attention_sites import find_attention
-from chipmunk_compile.passes.collectives import collectives, groups
+from chipmunk_compile.passes.collectives import collectives, groups, knows_groups
 from chipmunk_compile.passes.exchanges import flatten_exchanges, raise_exchanges
 from chipmunk_compile.passes.key_masks import mask_inputs
 from chipmunk_compile.passes.permute_tokens import plan_permutation, site_chunks
@@ -400,6 +400,18 @@ def test_a_grid_is_an_error_on_one_rank_alone():
 
     with pytest.raises(torch._dynamo.exc.BackendCompilerFailed, match="OptionError: grid"):
         chipmunk_compile.explain(Attend(alone), tokens(), options=options)
+
+
+def test_a_collective_over_a_group_without_a_name_is_told():
+    graph = torch.fx.Graph()
+    x = graph.placeholder("x")
+    exchange = graph.call_function(torch.ops._c10d_functional.all_reduce.default, (x, "sum", "0"))
+    waited = graph.call_function(torch.ops._c10d_functional.wait_tensor.default, (exchange,))
+    gm = torch.fx.GraphModule({}, graph)
+    assert knows_groups(gm) and groups(gm) == ("0",)
+    with graph.inserting_after(waited):
+        graph.call_function(torch.ops.c10d.barrier.default, (x, None))
+    assert not knows_groups(gm)
 
 
 def test_a_graph_of_one_process_has_none():
