@@ -23,7 +23,7 @@ from torch import fx
 from . import token_rules  # noqa: F401  (registers the rules)
 from .collectives import is_exchange
 from .collector import collector_paused
-from .token_links import Call, Link, Span, call_of, is_element, shape_of
+from .token_links import Call, Link, Span, call_of, element_of, is_element, shape_of
 
 ATTENTION = torch.ops.aten.scaled_dot_product_attention.default
 
@@ -193,8 +193,8 @@ class _Lines:
 
     def alias(self, node: fx.Node) -> None:
         """`node` takes one output of an op that has several."""
-        if node.args in self.ropes:
-            self.ropes[node, 0] = self.ropes[node.args]
+        if (output := element_of(node)) in self.ropes:
+            self.ropes[node, 0] = self.ropes[output]
         else:  # an output within an output
             self.add(node)
 

@@ -39,7 +39,7 @@ _INSIDE, _OUTSIDE = "inside", "outside"
 
 
 def owner(node: fx.Node) -> fx.Node:
-    """The op that makes a value: elements of a tuple are made by the op of the tuple."""
+    """The op that makes a value: elements of a tuple are made by the op of the tuple, what is waited for too."""
     while is_element(node):
         node = node.args[0]
     return node

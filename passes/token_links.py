@@ -22,6 +22,8 @@ from typing import NamedTuple
 import torch
 from torch import fx
 
+from .collectives import is_wait
+
 # A link with more spans than this (a batch of that many copies) is not worth following.
 MAX_COPIES = 64
 
@@ -195,8 +197,14 @@ def is_tensor(node: fx.Node) -> bool:
 
 
 def is_element(node: fx.Node) -> bool:
-    """Whether `node` takes one output of an op that has several."""
-    return node.op == "call_function" and node.target is operator.getitem
+    """Whether `node` takes one output of an op that has several, or waits for that of a collective: until then nothing
+    may read it."""
+    return node.op == "call_function" and (node.target is operator.getitem or is_wait(node))
+
+
+def element_of(node: fx.Node) -> tuple[fx.Node, int]:
+    """The op, and which of its outputs an element is."""
+    return node.args if node.target is operator.getitem else (node.args[0], 0)
 
 
 # --- building links -----------------------------------------------------------------------------------------

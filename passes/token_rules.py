@@ -106,12 +106,7 @@ def exchange(call: Signature) -> Iterator[Link]:
         yield from alike((x, dim), (call.out, dim))
 
 
-def wait(call: Signature) -> Iterator[Link]:
-    return trailing(call.inputs, call.out)
-
-
 RANK_RULES.update(dict.fromkeys(packet_defaults("all_to_all_single"), exchange))
-RANK_RULES.update(dict.fromkeys(packet_defaults("wait_tensor"), wait))
 
 # --- products -----------------------------------------------------------------------------------------------
 

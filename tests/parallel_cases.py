@@ -24,6 +24,7 @@ from tests.two_ranks import RANKS, enable_context_parallelism
 EXACT = {"preset": "exact", "order": "raster"}
 SPARSE = {"attention.sparsity": 0.6, "mlp.sparsity": 0.6, "order": "raster"}
 FLUX = dict(height=16, width=16, text=8, layers=1, single=1)
+QWEN = dict(height=16, width=16, text=8, layers=1)
 WAN = dict(frames=2, height=8, width=16, layers=1)
 
 
@@ -205,6 +206,12 @@ def wan_in_boxes(rank: int) -> Outcome:
         return _diffusers(rank, "wan", WAN, {"preset": "exact", "grid": (2, 8, 16)})
 
 
+def qwen_in_boxes(rank: int) -> Outcome:
+    """Its text mask is gathered from both ranks, and put in the order of the tokens."""
+    with permuted_at_any_price():
+        return _diffusers(rank, "qwen_image", QWEN, {"preset": "exact", "grid": (1, 16, 16)})
+
+
 def wan_sparse(rank: int) -> Outcome:
     return _diffusers(rank, "wan", WAN, SPARSE, sparse=True)
 
@@ -301,6 +308,7 @@ CASES = {
         flux,
         flux_with_unlike_halves,
         wan_in_boxes,
+        qwen_in_boxes,
         wan_sparse,
         flux_in_blocks,
         fsdp,

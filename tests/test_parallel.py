@@ -41,7 +41,7 @@ def test_a_rank_keeps_state_for_its_heads_and_its_tokens(results):
         assert result.alone / 2 <= result.counts["state_bytes"] < 0.6 * result.alone
 
 
-@pytest.mark.parametrize("name", ["flux", "wan_in_boxes", "flux_in_blocks"])
+@pytest.mark.parametrize("name", ["flux", "wan_in_boxes", "qwen_in_boxes", "flux_in_blocks"])
 def test_models_of_diffusers_at_sparsity_0_equal_one_rank(results, name):
     for result in of(results, name):
         assert result.error < 1e-5
@@ -49,7 +49,7 @@ def test_models_of_diffusers_at_sparsity_0_equal_one_rank(results, name):
         assert result.counts["delta"] >= 3 and result.counts["overruled"] == 0
 
 
-@pytest.mark.parametrize("name", ["flux", "wan_in_boxes"])
+@pytest.mark.parametrize("name", ["flux", "wan_in_boxes", "qwen_in_boxes"])
 def test_chunks_are_boxes_of_each_rank_s_share(results, name):
     """Ids say the grid of a share, or the option `grid` that of the whole."""
     for result in of(results, name):

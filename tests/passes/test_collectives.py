@@ -16,7 +16,7 @@ from torch import nn
 
 import chipmunk_compile
 from chipmunk_compile.passes.attention_sites import find_attention
-from chipmunk_compile.passes.collectives import collectives, groups, knows_groups
+from chipmunk_compile.passes.collectives import collectives, groups, is_wait, knows_groups
 from chipmunk_compile.passes.exchanges import flatten_exchanges, raise_exchanges
 from chipmunk_compile.passes.key_masks import mask_inputs
 from chipmunk_compile.passes.permute_tokens import plan_permutation, site_chunks
@@ -24,7 +24,7 @@ from chipmunk_compile.passes.raise_fused_attention import FUSED, raise_fused_att
 from chipmunk_compile.passes.reasons import Reason
 from chipmunk_compile.passes.sdpa import SDPA
 from chipmunk_compile.passes.token_axis import analyse_tokens
-from chipmunk_compile.passes.token_cut import fixed_nodes
+from chipmunk_compile.passes.token_cut import fixed_nodes, owner
 from chipmunk_compile.passes.token_links import call_of
 from chipmunk_compile.passes.token_order import share_of
 from tests.capture import capture
@@ -253,6 +253,24 @@ def test_all_tokens_are_the_shares_of_all_ranks_in_one_order():
     ]  # fmt: skip
     lengths = (8, 12)
     assert site_chunks(axes, site, 8, plan, [lengths]) == (text, *lengths) * RANKS
+
+
+def test_nothing_is_read_between_a_collective_and_the_wait_for_it():
+    """A mask that is gathered, one share behind the other, is put in the tokens' order when it has come."""
+
+    def body(m, x, mask):
+        keys = funcol.wait_tensor(funcol.all_gather_tensor(mask, 0, dist.group.WORLD))[None, None, None]
+        return to_tokens(F.scaled_dot_product_attention(*(to_heads(p(x)) for p in (m.q, m.k, m.v)), keys))
+
+    gm = raise_exchanges(captured(body, tokens(), torch.randn(SHARE)))
+    sites, _ = find_attention(gm, min_tokens=8)
+    plan = plan_permutation(gm, sites, grid=(1, 4, 5), share=math.inf)
+    for gather in plan.gathers:
+        assert not any(is_wait(user) for user in gather.users)
+        assert is_wait(gather.value) or gather.value is owner(gather.value)
+    (mask,) = (g for g in plan.gathers if "all_gather" in str(owner(g.value).target))
+    ((_, layout),) = mask.steps
+    assert plan.layouts[layout].moves == ((0, 0, False), (SHARE, 0, False)), "both shares are put in one order"
 
 
 def test_ranks_and_their_shares_are_no_rows_and_columns():
