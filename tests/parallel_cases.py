@@ -113,6 +113,11 @@ def ring(rank: int) -> Outcome:
     return _plain(rank, RingBlock, EXACT)
 
 
+def by_inductor_in_boxes(rank: int) -> Outcome:
+    with permuted_at_any_price():
+        return _plain(rank, UlyssesBlock, {"preset": "exact", "grid": (1, 8, 16)}, inductor=True)
+
+
 # --- ranks that would choose differently --------------------------------------------------------------------------
 
 

@@ -117,6 +117,8 @@ def test_tensor_parallel_weights_stay_dense(results):
 
 
 @pytest.mark.slow
-def test_collectives_compiled_by_inductor():
-    for result in of(run_cases({"by_inductor": parallel_cases.by_inductor}), "by_inductor"):
+@pytest.mark.parametrize("name", ["by_inductor", "by_inductor_in_boxes"])
+def test_collectives_compiled_by_inductor(name):
+    for result in of(run_cases({name: getattr(parallel_cases, name)}), name):
         assert result.error < 1e-5 and result.counts["delta"] == 3
+        assert result.reordered == (name == "by_inductor_in_boxes")
