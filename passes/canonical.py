@@ -136,8 +136,11 @@ def _attribute(module: torch.nn.Module, path: str) -> torch.Tensor:
 
 def clean(gm: fx.GraphModule) -> fx.GraphModule:
     """What ends every pass: dead code out (never `copy_`, which writes an input), lint, recompile."""
-    # SDPA counts as random for its dropout; without dropout a dead one is as dead as any.
-    gm.graph.eliminate_dead_code(is_impure_node=lambda n: n.is_impure(impure_random=False) or _writes(n))
+    for node in reversed(gm.graph.nodes):  # fx's own elimination asks every node, used or not, whether it is impure
+        # SDPA counts as random for its dropout; without dropout a dead one is as dead as any.
+        used = node.users or node.op in ("placeholder", "output")
+        if not used and not node.is_impure(impure_random=False) and not _writes(node):
+            gm.graph.erase_node(node)
     gm.graph.lint()
     gm.recompile()
     return gm
