@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from .config import Config, OptionError
     from .generations import generation
     from .passes.reasons import Reason
+    from .probing import probe
     from .programs import disabled
     from .report import Report, explain
     from .telemetry import counters, reset
@@ -26,6 +27,7 @@ _HOME = {
     "disabled": "programs",
     "explain": "report",
     "generation": "generations",
+    "probe": "probing",
     "reset": "telemetry",
 }
 __all__ = sorted(_HOME)

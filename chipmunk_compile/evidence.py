@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
+from torch.utils._pytree import tree_leaves
 
 # Inputs that changed by this share of their norm in one step are others: independent noise differs by 1.4, a step of
 # a 4-step schedule by up to 0.5.
@@ -76,6 +77,14 @@ def fingerprint(tensor: torch.Tensor) -> torch.Tensor:
     flat = tensor.detach().flatten()
     samples = flat[:: max(1, flat.numel() // 64)][:64]
     return torch.cat([flat.sum(dtype=torch.float64).view(1), samples.double()])
+
+
+def call_evidence(args: Sequence, kwargs: Mapping) -> tuple[list[torch.Tensor | float], list[torch.Tensor]]:
+    """What a model's own call shows: candidates for the timestep (numbers and small tensors), and all other inputs."""
+    leaves = tree_leaves((tuple(args), dict(kwargs)))
+    tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
+    times = [leaf for leaf in leaves if isinstance(leaf, (int, float)) and not isinstance(leaf, bool)]
+    return [*times, *(t for t in tensors if t.dim() <= 1)], [t for t in tensors if t.dim() > 1]
 
 
 def read_evidence(

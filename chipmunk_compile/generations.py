@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch.utils._pytree import tree_leaves
 
 from .clock import Clock, InferredClock
 from .counting import CountedClock
-from .evidence import read_evidence
+from .evidence import call_evidence, read_evidence
 from .models import Root, close_block, is_compiled, open_block, root_of
 from .state import Owner
 
@@ -88,11 +87,7 @@ class generation:
         """Begins a forward, with the evidence of the model's own inputs: numbers and small tensors tell the time."""
         if torch.compiler.is_compiling():
             return
-        leaves = tree_leaves((args, kwargs))
-        tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
-        times = [leaf for leaf in leaves if isinstance(leaf, (int, float)) and not isinstance(leaf, bool)]
-        times += [tensor for tensor in tensors if tensor.dim() <= 1]
-        inputs = [tensor for tensor in tensors if tensor.dim() > 1]
+        times, inputs = call_evidence(args, kwargs)
         (root,) = self._roots
         with root.lock:
             root.begin_forward(root.block_clock, inputs, lambda wanted: read_evidence(times, inputs, wanted))

@@ -26,6 +26,8 @@ from .runner import callable_for
 log = logging.getLogger(__name__)
 # Each size compiles a refresh and a delta program. Resolutions are few; text that is never padded has any length.
 MOST_SIZES = 4
+# (graph, inputs, dense program if there is one) -> callable
+Make = Callable[[fx.GraphModule, Sequence[Any], Callable | None], Callable]
 
 
 def is_symbolic(value: Any) -> bool:
@@ -42,8 +44,14 @@ class BySize:
     """
 
     def __init__(
-        self, gm: fx.GraphModule, example_inputs: Sequence[Any], inductor: Callable[[], Callable], config: Config
+        self,
+        gm: fx.GraphModule,
+        example_inputs: Sequence[Any],
+        inductor: Callable[[], Callable],
+        config: Config,
+        make: Make | None = None,
     ) -> None:
+        """make: what runs one size, given its graph, its inputs and the dense program; a Runner when not given."""
         placeholders = [node for node in gm.graph.nodes if node.op == "placeholder"]
         symbolic = [i for i, value in enumerate(example_inputs) if _varies(value) and _is_read(placeholders[i])]
         integers = [i for i in symbolic if isinstance(example_inputs[i], torch.SymInt)]
@@ -51,7 +59,7 @@ class BySize:
         self._symbolic = [i for i in symbolic if i not in self._numbers]
         self._constants = numbers_read(self._dynamo)
         self._dense = inductor() if symbolic or self._constants else None
-        self._config = config
+        self._config, self._made_by = config, make
         self._by_size: dict[tuple, Callable] = {}
         self._lock = threading.Lock()
 
@@ -79,6 +87,10 @@ class BySize:
             return ranks_of(self._dynamo).dense(self._run_dense)
         # A copy: what is traced for one size must not show in the graph that the next size is traced from.
         gm = bind_numbers(self._dynamo, dict(zip(self._constants, constants)))
+        if self._made_by is not None:
+            dense = self._run_dense if self._dense is not None else None
+            made = self._by_size[size] = self._made_by(gm, args, dense)
+            return made
         analysis = analyse(gm, args, self._config)
         if self._dense is not None:
             made = callable_for(gm, analysis, self._config, lambda: self._run_dense, self._run_dense)

@@ -129,13 +129,8 @@ def lower(
     mlp:        linear(act(linear(x)))      ->  the same + copy_ into the caches / chipmunk.mlp_delta
     gathers of tokens that hold still       ->  the same                         / state, made by the keep program
     """
-    graph = fx.Graph()
-    env: dict[fx.Node, fx.Node] = {}
-    output = graph.graph_copy(gm.graph, env)
-    graph.output(output)
-    lowered = graph_module(gm, graph)
-    lowered.meta.update(gm.meta)
-
+    lowered, env = _copy(gm)
+    graph = lowered.graph
     state: dict[str, fx.Node] = {}
     last = [n for n in graph.nodes if n.op == "placeholder"][-1]
     kept = kept_state(gm)
@@ -152,12 +147,32 @@ def lower(
         if result is not node:
             result.meta.update(node.meta)
             node.replace_all_uses_with(result)
-    for node in graph.nodes:
+    return _runnable(lowered)
+
+
+def dense_copy(gm: fx.GraphModule) -> tuple[fx.GraphModule, dict[fx.Node, fx.Node]]:
+    """A copy of canonical `gm` that runs as it is, and where its nodes are in it: for looking at sites from outside."""
+    copied, env = _copy(gm)
+    return _runnable(copied), env
+
+
+def _copy(gm: fx.GraphModule) -> tuple[fx.GraphModule, dict[fx.Node, fx.Node]]:
+    graph = fx.Graph()
+    env: dict[fx.Node, fx.Node] = {}
+    graph.output(graph.graph_copy(gm.graph, env))
+    copied = graph_module(gm, graph)
+    copied.meta.update(gm.meta)
+    return copied, env
+
+
+def _runnable(gm: fx.GraphModule) -> fx.GraphModule:
+    """In place: what a canonical graph needs to be run."""
+    for node in gm.graph.nodes:
         if node.target is aten.view.default:  # of values that may be laid out otherwise than those it was traced on
             node.target = aten.reshape.default
-    flatten_exchanges(lowered)
-    call_quantised(graph)
-    return clean(lowered)
+    flatten_exchanges(gm)
+    call_quantised(gm.graph)
+    return clean(gm)
 
 
 def _tables(treatment: Treatment) -> list[StateTensor]:

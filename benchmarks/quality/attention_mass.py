@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from chipmunk_compile.concentration import attention_logits, attention_weights, top_shares
 from chipmunk_compile.passes.token_order import token_order
 
 from .sampling import generate
@@ -50,10 +51,8 @@ def column_mass(query: Tensor, key: Tensor, chunks: list[Tensor]) -> Tensor:
     """
     total = torch.zeros(len(KEPT), dtype=torch.float64)
     for chunk in chunks:
-        rows = query[:, :, chunk.to(query.device)].float()
-        scores = rows @ key.float().transpose(-1, -2) * query.shape[-1] ** -0.5
-        mass = scores.softmax(-1).mean(2).sort(dim=-1, descending=True).values.cumsum(-1)
-        total += torch.stack([mass[..., round(kept * mass.shape[-1]) - 1].mean() for kept in KEPT]).double().cpu()
+        logits = attention_logits(query[:, :, chunk.to(query.device)], key, query.shape[-1] ** -0.5)
+        total += top_shares(attention_weights(logits).mean(2), KEPT).flatten(1).mean(1).double().cpu()
     return total / len(chunks)
 
 
