@@ -10,6 +10,8 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from .calibrating import calibrate
+    from .calibration import Calibration, CalibrationError, Trial, load_calibration
     from .config import Config, OptionError
     from .generations import generation
     from .passes.reasons import Reason
@@ -19,14 +21,19 @@ if TYPE_CHECKING:
     from .telemetry import counters, reset
 
 _HOME = {
+    "Calibration": "calibration",
+    "CalibrationError": "calibration",
     "Config": "config",
     "OptionError": "config",
     "Reason": "passes.reasons",
     "Report": "report",
+    "Trial": "calibration",
+    "calibrate": "calibrating",
     "counters": "telemetry",
     "disabled": "programs",
     "explain": "report",
     "generation": "generations",
+    "load_calibration": "calibration",
     "probe": "probing",
     "reset": "telemetry",
 }

@@ -34,16 +34,18 @@ def chipmunk(
     config = Config.from_options(options, mode=mode)
     if torch.is_grad_enabled() and any(isinstance(t, torch.Tensor) and t.requires_grad for t in example_inputs):
         _warn_of_training()
-        return _inductor(gm, example_inputs, config)
+        return inductor_program(gm, example_inputs, config)
     if any(map(is_symbolic, example_inputs)):
-        return BySize(gm, example_inputs, lambda: _inductor(gm, example_inputs, config), config)
-    return callable_for(gm, analyse(gm, example_inputs, config), config, lambda: _inductor(gm, example_inputs, config))
+        return BySize(gm, example_inputs, lambda: inductor_program(gm, example_inputs, config), config)
+    return callable_for(
+        gm, analyse(gm, example_inputs, config), config, lambda: inductor_program(gm, example_inputs, config)
+    )
 
 
 chipmunk.reset = telemetry.reset  # torch._dynamo.reset() calls it
 
 
-def _inductor(gm: fx.GraphModule, example_inputs: Sequence[Any], config: Config) -> Callable:
+def inductor_program(gm: fx.GraphModule, example_inputs: Sequence[Any], config: Config) -> Callable:
     """What `torch.compile(model)` would do: while Dynamo's own tracing context stands."""
     from torch._inductor.compile_fx import compile_fx
 

@@ -97,10 +97,13 @@ class Config:
     def from_options(options: Mapping[str, Any] | None = None, *, mode: str | None = None) -> Config:
         """The configuration for `torch.compile(model, backend="chipmunk", options=options, mode=mode)`.
 
-        options: flat names as in the fields above, dotted for groups ("attention.sparsity").
+        options: flat names as in the fields above, dotted for groups ("attention.sparsity"). "calibration" is the path
+        of a file of `Calibration.save`; the other options are laid over those in it.
         Raises OptionError for an unknown name (it offers the nearest) and for an impossible value.
         """
         options = dict(options or {})
+        if "calibration" in options:
+            options = {**_calibrated(options.pop("calibration")), **options}
         for name in options:
             if name not in RULES:
                 raise OptionError(_unknown(name))
@@ -154,7 +157,21 @@ def _set(config: Config, name: str, value: Any) -> Config:
     return replace(config, **{group: replace(getattr(config, group), **{leaf: value})})
 
 
+def _calibrated(path: Any) -> dict[str, Any]:
+    from .calibration import CalibrationError, load_calibration
+
+    try:
+        return load_calibration(path).options
+    except (TypeError, OSError, CalibrationError) as error:
+        raise OptionError(f"calibration={path!r}: the path of a file that Calibration.save() wrote ({error})") from None
+
+
 def _unknown(name: str) -> str:
+    if name == "target_psnr":
+        return (
+            "target_psnr is no option: it takes a few generations to find what meets it. "
+            "Run chipmunk_compile.calibrate(model, run, target_psnr=...) and give options=<its result>.options"
+        )
     near = difflib.get_close_matches(name, RULES, n=1, cutoff=0.5)
     leaf = [known for known in RULES if known.rpartition(".")[2] == name.rpartition(".")[2]]
     hint = f"did you mean {(leaf or near)[0]!r}?" if leaf or near else f"known: {', '.join(RULES)}"

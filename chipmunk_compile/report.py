@@ -157,10 +157,7 @@ class Report:
 
     def generation_share(self, steps: int) -> float:
         """The same of a generation of so many steps; 1 where it stays dense."""
-        if not pays(steps, self.config.schedule):
-            return 1.0
-        shares = {Program.REFRESH: self.refresh_share, Program.DELTA: self.delta_share, Program.FORECAST: 0.0}
-        return sum(shares[program] for program in programs_of(steps, self.config.schedule)) / steps
+        return generation_share(steps, self.config, self.refresh_share, self.delta_share)
 
     def _share(self, flops: str) -> float:
         dense = sum(g.dense_flops for g in self.graphs)
@@ -295,11 +292,25 @@ def explain(
     sites = [site for analysis, plan in found for site in _sites(analysis, plan)]
     lifted = [tensor for _, p in found if p for tensor in (*lift_state(p.treatments), *kept_state(p.canonical))]
     state = sum(tensor.bytes for tensor in lifted)
-    graphs = tuple(_graph(analysis, plan) for analysis, plan in found)
+    graphs = tuple(graph_report(analysis, plan) for analysis, plan in found)
     if kernels_dir is not None:
         write_kernels([plan for _, plan in found if plan], kernels_dir)
     permutation = _permutation(found, grids, config)
     return Report(type(model).__name__, config, tuple(sites), graphs, state, permutation, capture)
+
+
+def generation_share(steps: int, config: Config, refresh: float, delta: float) -> float:
+    """Predicted work of a generation of so many steps, as a share of a dense one's, from that of its programs."""
+    if not pays(steps, config.schedule):
+        return 1.0
+    learns = delta if config.forecast.residual > 0 else 0.0  # a refresh then runs the delta too, after the warm-up
+    total = 0.0
+    for step, program in enumerate(programs_of(steps, config.schedule)):
+        if program is Program.REFRESH:
+            total += refresh + (learns if step >= config.schedule.warmup else 0.0)
+        elif program is Program.DELTA:
+            total += delta
+    return total / steps
 
 
 def _call(function, args, kwargs):
@@ -351,7 +362,7 @@ def _declined(declined: Declined) -> SiteReport:
     return SiteReport(declined.kind, declined.name, False, declined.reason, declined.detail, {})
 
 
-def _graph(analysis: Analysis, plan: Plan | None) -> GraphReport:
+def graph_report(analysis: Analysis, plan: Plan | None) -> GraphReport:
     nodes = len(analysis.canonical.graph.nodes) if analysis.canonical else 0
     dense = graph_flops(analysis.canonical) if analysis.canonical else 0
     saved = sum(t.dense_flops - t.delta_flops for t in plan.treatments) if plan is not None else 0

@@ -88,7 +88,8 @@ class Runner(_Called):
     """The callable that Dynamo runs in place of one captured graph: finds state and step, runs a program.
 
     compiler: makes a program's graph a callable, Inductor when not given; a test may run graphs as they are.
-    dense: that program, where it is compiled already.
+    dense: that program, where it is compiled already. programs: those of another runner, of a configuration that
+    differs in schedule and forecast alone.
     """
 
     def __init__(
@@ -98,6 +99,7 @@ class Runner(_Called):
         config: Config,
         compiler: Compiler | None = None,
         dense: Callable | None = None,
+        programs: dict[tuple, Programs] | None = None,
     ) -> None:
         super().__init__(analysis.inputs, config)
         self._dynamo, self._analysis, self._config, self._dense = gm, analysis, config, dense
@@ -108,7 +110,7 @@ class Runner(_Called):
         self._remembers = asked and self._computes
         # Layers of a forward that stay dense, where this graph holds too few to tell which of them they are.
         self._dense_until = config.dense_layers if analysis.layers <= config.dense_layers else 0
-        self._by_grid: dict[tuple, Programs] = {}
+        self._by_grid: dict[tuple, Programs] = {} if programs is None else programs
         self.programs: Programs | None = None
         self._said_too_short = False
         self._keeps_order = False  # tokens are as they come: other ranks would reorder theirs otherwise
@@ -317,16 +319,17 @@ def callable_for(
     config: Config,
     inductor: Callable[[], Callable],
     dense: Callable | None = None,
+    programs: dict[tuple, Programs] | None = None,
 ) -> Callable:
     """What Dynamo runs in place of the graph.
 
     inductor: compiles Dynamo's graph untouched, for a graph that stays dense. dense: that program for one that does
-    not, where it is compiled already.
+    not, where it is compiled already. programs: as for Runner.
     """
     for declined in analysis.declined:
         log.debug("%s %s stays dense: %s %s", declined.kind, declined.name, declined.reason.value, declined.detail)
     if analysis.reason is None:
-        return Runner(gm, analysis, config, dense=dense)
+        return Runner(gm, analysis, config, dense=dense, programs=programs)
     log.info("the graph goes to Inductor untouched: %s %s", analysis.reason.value, analysis.detail)
     tells_time = analysis.inputs.timesteps and analysis.inputs.parameters
     untouched = ranks_of(gm).dense(inductor())
