@@ -206,13 +206,19 @@ class _Bench:
             )
 
     def trial(self, candidate: _Candidate, target: float) -> Trial:
-        """One setting: run once for its pictures, and again for its time where they meet the target."""
-        pictures, _ = self._once(candidate.config)
+        """One setting: run once for its pictures, and again for its time where they meet the target.
+
+        The second run counts too: a clock that has seen a generation knows more, so another step may be forecast.
+        """
+        each = psnr(self._once(candidate.config)[0], self.reference, self._peak)
         counted = telemetry.counters()
         calls = {program.value: counted[program.value] for program in Program if counted[program.value]}
-        each = psnr(pictures, self.reference, self._peak)
+        speedup = None
+        if min(each) >= target:
+            speedup, again = self._timed(candidate.config)
+            each = [min(pair) for pair in zip(each, psnr(again, self.reference, self._peak))]
         worst, mean = min(each), math.fsum(each) / len(each)
-        speedup = self._speedup(candidate.config) if worst >= target else None
+        speedup = speedup if worst >= target else None
         log.info("%s: %.1f dB, %s", describe(candidate.setting), worst, f"{speedup:.2f}x" if speedup else "missed")
         return Trial(candidate.setting, worst, mean, candidate.work, speedup, candidate.state_bytes, calls)
 
@@ -223,13 +229,14 @@ class _Bench:
             self._peak, statistics.median(self.dense_seconds), self.repeat_psnr, tuple(trials),
         )  # fmt: skip
 
-    def _speedup(self, setting: Config) -> float:
-        """Each run behind a dense one: a machine that other work slows down slows both."""
+    def _timed(self, setting: Config) -> tuple[float, list[Tensor]]:
+        """The speed-up, and the pictures. Each run behind a dense one: a machine that is busy slows both."""
         ratios = []
         for _ in range(self._repeats):
             self.dense_seconds.append(self._once(None)[1])
-            ratios.append(self.dense_seconds[-1] / self._once(setting)[1])
-        return statistics.median(ratios)
+            pictures, seconds = self._once(setting)
+            ratios.append(self.dense_seconds[-1] / seconds)
+        return statistics.median(ratios), pictures
 
     def _once(self, setting: Config | None) -> tuple[list[Tensor], float]:
         telemetry.reset()  # another setting's state; and this one starts as a first generation does

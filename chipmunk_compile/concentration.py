@@ -16,25 +16,23 @@ from .kernels.reference import MASKED, masked_softmax, wide
 BLOCK = 1 << 24
 
 
-def top_shares(weights: Tensor, shares: Sequence[float]) -> Tensor:
-    """The part of each row's sum that its best columns hold: [len(shares), ...] for weights [..., columns] >= 0.
+def held_by_best(weights: Tensor) -> Tensor:
+    """The part of each row's sum that the best column holds, the best two, ...: [..., columns] for weights >= 0.
 
-    shares: of the columns, 0 to 1; at least one column is taken. A row of zeros gives 0.
+    A row of zeros gives zeros.
     """
-    held = _held(weights)
+    held = weights.sort(dim=-1, descending=True).values.cumsum(-1)
+    return held / held[..., -1:].clamp_min(torch.finfo(held.dtype).tiny)
+
+
+def top_shares(held: Tensor, shares: Sequence[float]) -> Tensor:
+    """What the best columns hold, [len(shares), ...] of `held_by_best`; shares: of the columns, one column at least."""
     return torch.stack([held[..., max(1, round(share * held.shape[-1])) - 1] for share in shares])
 
 
-def columns_holding(weights: Tensor, parts: Sequence[float]) -> Tensor:
-    """The share of columns that is needed to hold so much of each row's sum: [len(parts), ...]."""
-    held = _held(weights)
+def columns_holding(held: Tensor, parts: Sequence[float]) -> Tensor:
+    """The share of columns that is needed to hold so much: [len(parts), ...] of `held_by_best`."""
     return torch.stack([((held < part).sum(-1) + 1).clamp(max=held.shape[-1]) / held.shape[-1] for part in parts])
-
-
-def _held(weights: Tensor) -> Tensor:
-    """[..., columns]: the part of the sum that the best column holds, the best two, ..."""
-    held = weights.sort(dim=-1, descending=True).values.cumsum(-1)
-    return held / held[..., -1:].clamp_min(torch.finfo(held.dtype).tiny)
 
 
 def attention_logits(query: Tensor, key: Tensor, scale: float, bias: Tensor | None = None) -> Tensor:

@@ -150,11 +150,12 @@ class probe:
         memory.refreshed = tick.step if refresh else memory.refreshed
         return Moment(tick, memory, refresh)
 
-    def _record(self, kind: str, site: str, names: tuple[str, ...], numbers: Tensor) -> None:
+    def _record(self, kind: str, site: str, names: tuple[str, ...], numbers: Tensor, refresh: bool = False) -> None:
         now = self._now
+        age = 0 if refresh else now.tick.step - now.memory.refreshed
         row = {
             "kind": kind, "site": site, "generation": now.tick.stream.generation, "stream": now.memory.number,
-            "step": now.tick.step, "time": now.tick.time, "age": now.tick.step - now.memory.refreshed,
+            "step": now.tick.step, "time": now.tick.time, "age": age,
         }  # fmt: skip
         self._pending.append((row, names, numbers))
 
@@ -190,12 +191,13 @@ class probe:
         now.occurrences[watch] += 1
         now.seen = True
         memory = now.memory.sites.setdefault((watch, occurrence), Memory())
+        refresh = now.refresh or not memory.tensors  # a graph captured anew in the middle begins with a refresh
         if watch.site.kind == "attention":
-            numbers = watch.look(memory, now.refresh, *operands, value)
+            numbers = watch.look(memory, refresh, *operands, value)
         else:
             numbers = watch.look(memory, *operands, value)
         again = f" ({occurrence + 1})" if occurrence else ""
-        self._record(watch.site.kind, watch.site.name + again, watch.names, numbers)
+        self._record(watch.site.kind, watch.site.name + again, watch.names, numbers, refresh)
 
 
 @dataclass(eq=False)

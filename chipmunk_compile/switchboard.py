@@ -16,6 +16,7 @@ from torch import fx
 from .backend import inductor_program
 from .config import Config, ForecastOptions, ScheduleOptions
 from .passes.lower import kept_state, lift_state
+from .passes.reasons import Reason
 from .plan import Analysis, analyse, make_plan
 from .programs import dense_program
 from .report import GraphReport, graph_report
@@ -80,7 +81,7 @@ class _Graph:
             state = [*lift_state(plan.treatments), *kept_state(plan.canonical)] if plan is not None else []
             sites = len(plan.treatments) if plan is not None else 0
             self.reports[family] = graph_report(analysis, plan), sum(tensor.bytes for tensor in state), sites
-            self._programs.setdefault(_sparsity(family), {})
+            self._programs[family] = {}
 
     def __call__(self, *args):
         setting = self._board.setting
@@ -88,13 +89,11 @@ class _Graph:
             return self._dense(*args)
         if setting not in self._called:
             family = _family(setting)
+            analysis = self._analyses[family]
+            if analysis.reason is None and not analysis.sites and setting.schedule.compute_every == 1:
+                analysis = replace(analysis, reason=Reason.NO_SITES)
             self._called[setting] = callable_for(
-                self._gm,
-                self._analyses[family],
-                setting,
-                lambda: self._dense,
-                self._dense,
-                self._programs[_sparsity(family)],
+                self._gm, analysis, setting, lambda: self._dense, self._dense, self._programs[family]
             )
         return self._called[setting](*args)
 
@@ -105,11 +104,6 @@ class _Graph:
 
 
 def _family(config: Config) -> Config:
-    """Settings of one family have the same analysis: they differ in when what runs."""
-    forecasts = config.schedule.compute_every > 1  # a graph without sites is then of use
-    return replace(_sparsity(config), schedule=ScheduleOptions(compute_every=2 if forecasts else 1))
-
-
-def _sparsity(config: Config) -> Config:
-    """Settings alike in this have the same programs."""
-    return replace(config, preset="", schedule=ScheduleOptions(), forecast=ForecastOptions())
+    """Settings of one family have the same analysis and programs: they differ in when what runs."""
+    # As for forecasts: a graph without sites is of use to them alone.
+    return replace(config, preset="", schedule=ScheduleOptions(compute_every=2), forecast=ForecastOptions())

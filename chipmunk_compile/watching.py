@@ -13,7 +13,7 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from .concentration import attention_logits, attention_weights, columns_holding, head_blocks, top_shares
+from .concentration import attention_logits, attention_weights, columns_holding, head_blocks, held_by_best, top_shares
 from .kernels.reference import MASKED, choose, key_bias, sample_table, wide
 from .passes.lower import Treatment
 
@@ -113,7 +113,8 @@ class AttentionWatch:
                 mass = weights.mean(2)  # [B, h, M]
                 used = _used(chosen)
                 in_chosen = mass.gather(-1, chosen.clamp_min(0).long()).masked_fill(~used, 0.0).sum(-1)
-                numbers = [*top_shares(mass, SHARES), *columns_holding(mass, PARTS), in_chosen]
+                best = held_by_best(mass)
+                numbers = [*top_shares(best, SHARES), *columns_holding(best, PARTS), in_chosen]
                 shares.append(torch.stack([number.float() for number in numbers]))
                 sparse.append(_over_columns(logits.index_select(2, chunk.kept), value.index_select(1, heads), chosen))
             sparse = torch.cat(sparse, 1)
@@ -176,11 +177,13 @@ class MlpWatch:
             if not first:
                 moved = now.to(norm.dtype) - memory.tensors["activation"][c]
                 choosing, measured = moved.split([len(chunk.choosing), len(chunk.kept)], 1)
-                energy = (measured.square().sum(1) * norm.square()).clamp_min(0.0)  # [B, F]
+                energy = measured.square().sum(1) * norm.square()  # [B, F]
                 best = (choosing.abs().sum(1) * norm).topk(min(self.kept, energy.shape[-1])).indices
-                tiny = torch.finfo(energy.dtype).tiny
-                caught = energy.gather(-1, best).sum(-1) / energy.sum(-1).clamp_min(tiny)
-                held.append(torch.stack([*top_shares(energy, SHARES[1:]), caught]).mean(1).float())
+                total = energy.sum(-1)
+                numbers = torch.stack(
+                    [*top_shares(held_by_best(energy), SHARES[1:]), energy.gather(-1, best).sum(-1) / total]
+                )
+                held.append(numbers.float().masked_fill(total == 0, torch.nan))  # what holds still has no energy
                 act_change.add(measured, now[:, len(chunk.choosing) :])
                 change.add(now_out.float() - memory.tensors["out"][c], now_out)
             memory.put("activation", c, now)
@@ -188,7 +191,7 @@ class MlpWatch:
         if first:
             return norm.new_full((len(self.names),), torch.nan, dtype=torch.float32)
         changes = torch.stack([act_change.squared().sqrt(), change.squared().sqrt()])
-        return torch.cat([torch.stack(held).mean(0), changes])
+        return torch.cat([torch.cat(held, 1).nanmean(1), changes])
 
 
 class _Ratio:

@@ -14,6 +14,8 @@ from chipmunk_compile.calibrating import EXACT, ladder
 from chipmunk_compile.config import Config
 from chipmunk_compile.pictures import EQUAL, pictures_of, psnr
 from chipmunk_compile.progress import progress_bar
+from tests import tiny_pipelines
+from tests.test_pipelines import CALLS
 from tests.toy_dit import CHANNELS, SMALL, TEXT, TOKENS, toy
 
 STEPS = 16
@@ -58,7 +60,7 @@ def test_the_claim_holds_when_run_again_from_the_file(uncompiled, tmp_path):
     for n in (2, 3, 5):
         compiled = torch.compile(model, backend="chipmunk", options={**SMALL, **every(n)})
         with torch.no_grad():
-            by_hand[n] = min(own_psnr(euler(compiled), dense))
+            by_hand[n] = min(value for _ in range(2) for value in own_psnr(euler(compiled), dense))
         torch._dynamo.reset()
     assert by_hand[2] > by_hand[3] > by_hand[5]
     target = (by_hand[3] + by_hand[5]) / 2
@@ -74,19 +76,22 @@ def test_the_claim_holds_when_run_again_from_the_file(uncompiled, tmp_path):
     assert again == found
     for options in (again.options, {"calibration": str(path)}):
         torch._dynamo.reset()
+        compiled = torch.compile(model, backend="chipmunk", options=options)
         with torch.no_grad():
-            made = euler(torch.compile(model, backend="chipmunk", options=options))
-        assert min(own_psnr(made, dense)) == pytest.approx(found.chosen.psnr, abs=0.1)
-        assert min(own_psnr(made, dense)) >= target
+            first, later = (own_psnr(euler(compiled), dense) for _ in range(2))
+        assert min(*first, *later) == pytest.approx(found.chosen.psnr, abs=0.1)
+        assert min(*first, *later) >= target
 
 
-def test_the_worst_picture_counts_and_the_mean_is_told(uncompiled):
+def test_the_worst_picture_of_the_worse_run_counts_and_the_mean_is_told(uncompiled):
     model = model_of()
     trial = calibrate(model, 1.0, settings=[every(2)]).trials[0]
+    compiled = torch.compile(model, backend="chipmunk", options={**SMALL, **every(2)})
     with torch.no_grad():
         dense = euler(model)
-        made = euler(torch.compile(model, backend="chipmunk", options={**SMALL, **every(2)}))
-    each = own_psnr(made, dense)
+        runs = [own_psnr(euler(compiled), dense) for _ in range(2)]
+    assert runs[0] != runs[1]  # from the second generation on, step 2 is forecast too
+    each = [min(pair) for pair in zip(*runs)]
     assert max(each) - min(each) > 0.01
     assert (trial.psnr, trial.mean_psnr) == (pytest.approx(min(each), abs=0.1), pytest.approx(sum(each) / 2, abs=0.1))
 
@@ -146,6 +151,26 @@ def test_residual_costs_a_delta_a_refresh(uncompiled):
     refreshes = 2 + 3  # of 16 steps: 0, 1, and 4, 8, 12; the last three learn
     assert plain.calls == {"refresh": refreshes, "delta": 11}
     assert corrected.calls == {"refresh": refreshes, "delta": 11 + 3}
+
+
+def test_a_pipeline_with_guidance_by_two_calls(uncompiled):
+    pipe = tiny_pipelines.wan_pipeline()
+    model = pipe.transformer
+
+    def run(transformer):
+        pipe.transformer = transformer
+        generator = torch.Generator().manual_seed(0)
+        return pipe("a cat", generator=generator, output_type="latent", **{**CALLS["wan"], "num_inference_steps": 8})
+
+    pipe.set_progress_bar_config(disable=True)
+    sparse = {**SPARSE, "schedule.refresh_every": 4, "schedule.compute_every": 2}
+    options = {**SMALL, "min_tokens": 16}
+    found = chipmunk_compile.calibrate(model, run, 110.0, options=options, settings=[sparse], progress=False)
+    assert (found.steps, found.streams, found.model) == (8, 2, "WanTransformer3DModel")
+    # R R f d f d f R, of two streams; of one the clock is not sure at step 1, so there is no line at step 2 yet
+    assert found.trials[0].calls == {"refresh": 6, "delta": 5, "forecast": 5}
+    assert found.trials[0].psnr < 110
+    assert found.trials[-1].psnr > found.trials[0].psnr + 10  # every column computed
 
 
 def test_where_nothing_is_sparse_only_forecasts_are_tried(uncompiled):

@@ -13,6 +13,8 @@ import chipmunk_compile
 from chipmunk_compile import OptionError, Reason
 from chipmunk_compile.kernels import reference
 from chipmunk_compile.watching import AttentionWatch, Memory
+from tests import tiny_pipelines
+from tests.test_pipelines import CALLS, generate
 from tests.toy_dit import SMALL, TEXT, TOKENS, Block, Loop, ToyDiT, toy
 
 ALL = {"chunks": 99, "tokens": 99}  # nothing is sampled
@@ -244,6 +246,17 @@ def test_a_graph_break_hides_nothing():
     assert mass[0] == pytest.approx(mass[1], rel=1e-5)
 
 
+def test_a_graph_captured_anew_begins_with_a_refresh():
+    model = toy(layers=2)
+    with chipmunk_compile.probe(model, options={**OPTIONS, "schedule.refresh_every": 9}) as seen, torch.no_grad():
+        for step, inputs in enumerate(Loop(6)):
+            model.broken = step > 3
+            model(*inputs)
+    rows = rows_of(seen, "attention")
+    assert [row["age"] for row in rows[::2]] == [0, 0, 1, 2, 0, 4]
+    assert [row["caught"] is None for row in rows[::2]] == [True, True, False, False, True, False]
+
+
 def test_what_is_not_looked_at_has_a_reason():
     seen = look(model_of(Block), options={**SMALL, "min_tokens": 100})
     assert {row["kind"] for row in seen.rows} == {"model"} and (seen.forwards, seen.captured) == (5, 0)
@@ -262,6 +275,24 @@ def test_rows_are_plain_and_the_report_names_every_layer(looked):
     text = str(seen)
     assert all(row["site"] in text for row in seen.rows)
     assert "5 steps, 1 stream" in text and "25.0% of the columns" in text
+
+
+@pytest.mark.parametrize("name, streams", [("flux", 1), ("wan", 2)])
+def test_a_whole_pipeline(name, streams):
+    pipe = getattr(tiny_pipelines, f"{name}_pipeline")()
+    call = {**CALLS[name], "num_inference_steps": 5}
+    plain = generate(pipe, name, **call)
+    with chipmunk_compile.probe(pipe.transformer, options={**SMALL, "min_tokens": 16}) as seen:
+        pictures = generate(pipe, name, **call)
+    assert (pictures == plain).all()
+    for kind in ("model", "attention", "mlp"):
+        places = {(row["step"], row["stream"]) for row in rows_of(seen, kind)}
+        assert places == {(step, stream) for step in range(5) for stream in range(streams)}
+        later = [row for row in rows_of(seen, kind) if row["step"] > 1]
+        moving = [row for row in later if "text_embedder" not in row["site"]]
+        assert moving and all(0 < row["change"] < 1 for row in moving)
+        still = [row for row in later if row not in moving]  # the prompt's MLP: nothing to hold, nothing to catch
+        assert all((row["change"], row["caught"], row["energy_10"]) == (0.0, None, None) for row in still)
 
 
 def test_bad_arguments_and_nothing_seen():

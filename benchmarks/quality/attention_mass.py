@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from chipmunk_compile.concentration import attention_logits, attention_weights, top_shares
+from chipmunk_compile.concentration import attention_logits, attention_weights, held_by_best, top_shares
 from chipmunk_compile.passes.token_order import token_order
 
 from .sampling import generate
@@ -52,7 +52,8 @@ def column_mass(query: Tensor, key: Tensor, chunks: list[Tensor]) -> Tensor:
     total = torch.zeros(len(KEPT), dtype=torch.float64)
     for chunk in chunks:
         logits = attention_logits(query[:, :, chunk.to(query.device)], key, query.shape[-1] ** -0.5)
-        total += top_shares(attention_weights(logits).mean(2), KEPT).flatten(1).mean(1).double().cpu()
+        held = held_by_best(attention_weights(logits).mean(2))
+        total += top_shares(held, KEPT).flatten(1).mean(1).double().cpu()
     return total / len(chunks)
 
 
