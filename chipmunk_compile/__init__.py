@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from .calibrating import calibrate
-    from .calibration import Calibration, CalibrationError, Trial, load_calibration
+    from .calibration import Calibration, CalibrationError, load_calibration
     from .config import Config, OptionError
     from .generations import generation
     from .passes.reasons import Reason
@@ -27,7 +27,6 @@ _HOME = {
     "OptionError": "config",
     "Reason": "passes.reasons",
     "Report": "report",
-    "Trial": "calibration",
     "calibrate": "calibrating",
     "counters": "telemetry",
     "disabled": "programs",

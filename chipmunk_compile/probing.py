@@ -184,7 +184,9 @@ class probe:
             self.declined["graph", "", analysis.reason] = Declined("graph", "", analysis.reason)
         return dense or gm.forward
 
-    def show(self, watch: AttentionWatch | MlpWatch, operands: Sequence[Tensor | None], value: Tensor) -> None:
+    def show(
+        self, name: str, watch: AttentionWatch | MlpWatch, operands: Sequence[Tensor | None], value: Tensor
+    ) -> None:
         """What a site was given, and made of it."""
         now = self._now
         occurrence = now.occurrences[watch]
@@ -197,7 +199,7 @@ class probe:
         else:
             numbers = watch.look(memory, *operands, value)
         again = f" ({occurrence + 1})" if occurrence else ""
-        self._record(watch.site.kind, watch.site.name + again, watch.names, numbers, refresh)
+        self._record(watch.site.kind, name + again, watch.names, numbers, refresh)
 
 
 @dataclass(eq=False)
@@ -272,6 +274,7 @@ class _Interpreter(fx.Interpreter):
         self.device = plan.treatments[0].site.node.meta["val"].device
         self.orders = [order.to(self.device) for order in plan.orders]
         self._watched: dict[fx.Node, tuple] = {}
+        named: Counter[tuple[str, str]] = Counter()
         for treatment in plan.treatments:
             site, node = treatment.site, env[treatment.site.node]
             if site.kind == "attention":
@@ -281,13 +284,16 @@ class _Interpreter(fx.Interpreter):
             else:
                 operands = node.args[:2]  # the hidden activation, the down projection
                 watch = MlpWatch(treatment, seen.chunks, seen.tokens)
-            self._watched[node] = watch, operands
+            named[site.kind, site.name] += 1
+            count = named[site.kind, site.name]
+            name = site.name if count == 1 else f"{site.name} #{count}"  # a module that computes several
+            self._watched[node] = name, watch, operands
 
     def run_node(self, node: fx.Node):
         value = super().run_node(node)
         if node in self._watched:
-            watch, operands = self._watched[node]
-            self._seen.show(watch, [None if n is None else self.env[n] for n in operands], value)
+            name, watch, operands = self._watched[node]
+            self._seen.show(name, watch, [None if n is None else self.env[n] for n in operands], value)
         return value
 
 

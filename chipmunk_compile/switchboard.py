@@ -41,7 +41,7 @@ class Switchboard:
         self.base = base
         self.settings = tuple(dict.fromkeys(settings))
         self.setting: Config | None = None
-        self._graphs: list[_Graph] = []
+        self.graphs: list[_Graph] = []
 
     def __call__(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable:
         if any(map(is_symbolic, example_inputs)):
@@ -51,7 +51,7 @@ class Switchboard:
 
     def work(self, config: Config) -> Work:
         """Of the graphs that were captured until now; 1 where there is none."""
-        found = [graph.reports[_family(config)] for graph in self._graphs]
+        found = [graph.reports[_family(config)] for graph in self.graphs]
         dense = sum(report.dense_flops for report, _, _ in found) or 1
         return Work(
             sum(report.refresh_flops for report, _, _ in found) / dense,
@@ -62,7 +62,7 @@ class Switchboard:
 
     def _graph(self, gm: fx.GraphModule, inputs: Sequence[Any], dense: Callable | None = None) -> _Graph:
         made = _Graph(self, gm, inputs, dense)
-        self._graphs.append(made)
+        self.graphs.append(made)
         return made
 
 

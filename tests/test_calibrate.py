@@ -3,14 +3,16 @@
 import dataclasses
 import json
 import sys
+import time
 
 import numpy
 import pytest
 import torch
 
 import chipmunk_compile
-from chipmunk_compile import CalibrationError, OptionError, Trial, load_calibration
+from chipmunk_compile import CalibrationError, OptionError, load_calibration
 from chipmunk_compile.calibrating import EXACT, ladder
+from chipmunk_compile.calibration import Trial
 from chipmunk_compile.config import Config
 from chipmunk_compile.pictures import EQUAL, pictures_of, psnr
 from chipmunk_compile.progress import progress_bar
@@ -199,6 +201,31 @@ def test_every_setting_of_the_ladder_is_one():
 def test_runs_that_cannot_be_calibrated(run, message, uncompiled):
     with pytest.raises((CalibrationError, RuntimeError), match=message):
         calibrate(model_of(1), 30.0, run=run)
+
+
+def test_what_never_reaches_the_backend_is_refused():
+    whole, block = model_of(1), model_of(1)
+    whole.compile(backend="eager")
+    block.blocks[0].compile(backend="eager")
+    for model in (whole, block):
+        with pytest.raises(CalibrationError, match="compiled in place"):
+            calibrate(model, 30.0)
+    with pytest.raises(CalibrationError, match="did not call"), torch.compiler.set_stance("force_eager"):
+        calibrate(model_of(1), 30.0)
+
+
+def test_a_speed_that_cannot_be_is_timed_again(uncompiled):
+    """Every second dense run is slow, as on a machine that is busy now and then."""
+    calls = []
+
+    def run(model):
+        calls.append(None)
+        if len(calls) == 4:  # dense, dense, the setting, and the dense run that is timed
+            time.sleep(3.0)
+        return euler(model)
+
+    (trial,) = calibrate(model_of(), 1.0, settings=[every(2)], run=run).trials
+    assert len(calls) >= 3 + 2 * 2 and trial.speedup < 4
 
 
 @pytest.mark.parametrize("wrong", [{"target_psnr": 0}, {"target_psnr": "35"}, {"repeats": 0}, {"peak": -1.0}])

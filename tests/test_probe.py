@@ -257,6 +257,15 @@ def test_a_graph_captured_anew_begins_with_a_refresh():
     assert [row["caught"] is None for row in rows[::2]] == [True, True, False, False, True, False]
 
 
+def test_a_module_called_twice_is_two_layers():
+    model = toy(layers=2)
+    model.blocks[1] = model.blocks[0]
+    rows = rows_of(look(model, steps=3), "attention")
+    names = [row["site"] for row in rows]
+    assert len(set(names)) == 2 and names == names[:2] * 3
+    assert rows[0]["mass_20"] != rows[1]["mass_20"]
+
+
 def test_what_is_not_looked_at_has_a_reason():
     seen = look(model_of(Block), options={**SMALL, "min_tokens": 100})
     assert {row["kind"] for row in seen.rows} == {"model"} and (seen.forwards, seen.captured) == (5, 0)
