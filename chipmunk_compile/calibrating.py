@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from . import telemetry
-from .calibration import Calibration, CalibrationError, Trial, describe
+from .calibration import FASTER, Calibration, CalibrationError, Trial, describe
 from .clock import InferredClock
 from .config import Config
 from .evidence import call_evidence, read_evidence
@@ -38,7 +38,10 @@ FAST = {"attention.sparsity": 0.93, "mlp.sparsity": 0.8}
 ATTENTION = {"attention.sparsity": 0.93, "mlp.sparsity": None}  # long video: no activations are cached
 # Further timings of a setting whose first ones cannot be: the machine was busy with something else.
 AGAIN = 2
-EXACT = {"preset": "exact", "attention.sparsity": 0.0, "mlp.sparsity": 0.0}
+EXACT = {
+    "preset": "exact", "attention.sparsity": 0.0, "mlp.sparsity": 0.0, "schedule.compute_every": 1,
+    "forecast.residual": 0.0,
+}  # fmt: skip
 
 
 def ladder() -> tuple[dict[str, Any], ...]:
@@ -77,11 +80,13 @@ def calibrate(
     """The fastest of `settings` at which every picture of `run` stays at `target_psnr` dB or above.
 
     ```python
+    model = pipe.transformer
+
     def run(transformer):
         pipe.transformer = transformer
         return pipe(prompts, generator=torch.Generator().manual_seed(0), output_type="latent")
 
-    found = chipmunk_compile.calibrate(pipe.transformer, run, target_psnr=35)
+    found = chipmunk_compile.calibrate(model, run, target_psnr=35)
     pipe.transformer = torch.compile(model, backend="chipmunk", options=found.options)
     ```
 
@@ -127,7 +132,7 @@ def calibrate(
             trials.append(bench.trial(candidate, target_psnr))
             best = max(best, trials[-1].speedup or 0.0)
             bar.advance()
-        if best <= 1.0:
+        if best < FASTER:
             bar.at("exact")
             trials.append(bench.trial(_Candidate(EXACT, configs[-1], bench), math.inf))
     telemetry.reset()
@@ -196,9 +201,9 @@ class _Bench:
             hook.remove()
             self.survey.clock.release()
         advance()
-        if not self.board.graphs:
+        if not self.board.graphs or not self.survey.steps:
             raise CalibrationError(
-                f"run() did not call the {self.name} that it was given: run(model) must denoise with it"
+                f"run() did not call the {self.name} that it was given: run(model) must denoise by model(...)"
             )
         if self._peak is None:
             self._peak = _peak_of(self.reference)

@@ -16,6 +16,8 @@ from .config import Config, OptionError
 
 FORMAT = "chipmunk_compile calibration"
 VERSION = 1
+# Times as fast as dense that a setting must be: below it, a measured speed-up is noise.
+FASTER = 1.03
 
 
 class CalibrationError(ValueError):
@@ -73,7 +75,7 @@ class Calibration:
     @property
     def chosen(self) -> Trial | None:
         """The trial whose setting was taken."""
-        met = [t for t in self.trials if t.speedup is not None and t.speedup > 1.0 and t.psnr >= self.target_psnr]
+        met = [t for t in self.trials if t.speedup is not None and t.speedup >= FASTER and t.psnr >= self.target_psnr]
         return max(met, key=lambda trial: trial.speedup, default=None)
 
     def __str__(self) -> str:

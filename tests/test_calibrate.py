@@ -146,6 +146,14 @@ def test_settings_share_what_they_compile(monkeypatch):
     assert len(compiled) == 1 + 2 + 2  # dense; refresh and delta of the sparse ones; those of "exact"
 
 
+def test_exact_forecasts_nothing_whatever_the_options(uncompiled):
+    options = {**SMALL, "schedule.compute_every": 3, "forecast.residual": 1.0}
+    found = chipmunk_compile.calibrate(model_of(1), euler, 118.0, options=options, settings=[every(4)], progress=False)
+    exact = found.trials[-1]
+    assert exact.psnr > 100 and "forecast" not in exact.calls
+    assert Config.from_options(found.options).schedule.compute_every == 1 and not found.met
+
+
 def test_residual_costs_a_delta_a_refresh(uncompiled):
     both = [{**SPARSE, "schedule.refresh_every": 4, "forecast.residual": share} for share in (0.0, 1.0)]
     plain, corrected = sorted(calibrate(model_of(), 118.0, settings=both).trials[:2], key=lambda t: t.work)
@@ -191,12 +199,13 @@ def test_every_setting_of_the_ladder_is_one():
     "run, message",
     [
         (lambda model: torch.zeros(2, 3, 4), "did not call the ToyDiT"),
+        (lambda model: euler(model._orig_mod), "did not call the ToyDiT"),
         (lambda model: euler(model) + torch.randn(1), "two dense runs differ"),
         (lambda model: euler(model) and None, "Boolean"),
         (lambda model: [euler(model).shape][:0], "list"),
         (lambda model: {"made": euler(model)}, "returned dict"),
     ],
-    ids=["no call", "no seed", "raises", "nothing", "dict"],
+    ids=["no call", "another", "no seed", "raises", "nothing", "dict"],
 )
 def test_runs_that_cannot_be_calibrated(run, message, uncompiled):
     with pytest.raises((CalibrationError, RuntimeError), match=message):
