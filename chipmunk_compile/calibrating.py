@@ -12,7 +12,7 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -24,6 +24,7 @@ from .calibration import FASTER, Calibration, CalibrationError, Trial, describe
 from .clock import InferredClock
 from .config import Config
 from .evidence import call_evidence, read_evidence
+from .judge import MOST
 from .models import is_compiled
 from .pictures import pictures_of, psnr
 from .progress import progress_bar
@@ -40,7 +41,7 @@ ATTENTION = {"attention.sparsity": 0.93, "mlp.sparsity": None}  # long video: no
 AGAIN = 2
 EXACT = {
     "preset": "exact", "attention.sparsity": 0.0, "mlp.sparsity": 0.0, "schedule.compute_every": 1,
-    "forecast.residual": 0.0,
+    "forecast.tolerance": None, "forecast.repay": False, "forecast.residual": 0.0,
 }  # fmt: skip
 
 
@@ -63,7 +64,10 @@ def ladder() -> tuple[dict[str, Any], ...]:
             (ATTENTION, 10, 0.0),
         )
     ]  # fmt: skip
-    return (*forecasts, *both, *deltas)
+    judged = [
+        {**NO_SPARSITY, "forecast.tolerance": tolerance, "forecast.repay": True} for tolerance in (0.03, 0.008, 0.002)
+    ]
+    return (*judged, *forecasts, *both, *deltas)
 
 
 def calibrate(
@@ -148,16 +152,23 @@ class _Candidate:
     def __init__(self, setting: dict[str, Any], config: Config, bench: _Bench) -> None:
         self.setting, self.config = setting, config
         work = bench.board.work(config)
-        self.work = generation_share(bench.survey.steps, config, work.refresh, work.delta)
+        self.work = generation_share(bench.survey.steps, _boldest(config), work.refresh, work.delta)
         # Where no site is sparse, settings that differ in sparsity are one and the same.
         wanted = config.attention.sparsity is not None or config.mlp.sparsity is not None
         self.adds_sparsity = bool(work.sites) or not wanted
         self.state_bytes = bench.survey.streams * (work.state_bytes + _history_bytes(config, bench.survey.output_bytes))
 
 
+def _boldest(config: Config) -> Config:
+    """Where steps are forecast as far as forecasts prove good, the schedule that forecasts most."""
+    if config.forecast.tolerance is None:
+        return config
+    return replace(config, schedule=replace(config.schedule, compute_every=MOST + 1))
+
+
 def _history_bytes(config: Config, output: int) -> int:
     """Of the outputs that forecasts and corrections keep."""
-    asked = config.schedule.compute_every > 1 or config.forecast.residual > 0
+    asked = config.forecasts or config.forecast.residual > 0
     return output * (config.forecast.order + 1 + (config.forecast.residual > 0)) if asked else 0
 
 

@@ -34,7 +34,7 @@ class Trial:
     """Of the worst picture of the run against dense, dB; 120 for equal ones."""
     mean_psnr: float
     work: float
-    """Predicted share of a dense generation's matrix work."""
+    """Predicted share of a dense generation's matrix work; the least possible where forecasts have a tolerance."""
     speedup: float | None
     """Measured: seconds of a whole dense run over those of one right behind it. None where the target was missed."""
     state_bytes: int

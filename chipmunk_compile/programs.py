@@ -61,6 +61,7 @@ class Programs:
         self._dynamo, self.plan, self._config = dynamo, plan, config
         self._compiler = compiler or compile_graph
         self._compiled: dict[tuple[Program, bool], Callable] = {}
+        self._dense_counts = dense is not None  # one that was compiled elsewhere counts its calls itself
         if dense is not None:
             self._compiled[Program.DENSE, False] = dense
         self._tables: list[torch.Tensor] | None = None
@@ -84,7 +85,8 @@ class Programs:
                 compiled = self._compiled.get((program, masks_hold))
                 compiled = compiled or self._compile(program, masks_hold, [*args, *lifted])
                 self._compiled[program, masks_hold] = compiled
-        telemetry.count(program.value)
+        if program is not Program.DENSE or not self._dense_counts:
+            telemetry.count(program.value)
         return compiled(*args, *lifted)
 
     def scope(self, scope: str) -> list[StateTensor]:

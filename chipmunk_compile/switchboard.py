@@ -90,7 +90,7 @@ class _Graph:
         if setting not in self._called:
             family = _family(setting)
             analysis = self._analyses[family]
-            if analysis.reason is None and not analysis.sites and setting.schedule.compute_every == 1:
+            if analysis.reason is None and not analysis.sites and not setting.forecasts:
                 analysis = replace(analysis, reason=Reason.NO_SITES)
             self._called[setting] = callable_for(
                 self._gm, analysis, setting, lambda: self._dense, self._dense, self._programs[family]

@@ -146,6 +146,15 @@ def test_settings_share_what_they_compile(monkeypatch):
     assert len(compiled) == 1 + 2 + 2  # dense; refresh and delta of the sparse ones; those of "exact"
 
 
+def test_of_forecasts_with_a_tolerance_the_least_work_is_predicted(uncompiled):
+    setting = {"attention.sparsity": None, "mlp.sparsity": None, "forecast.tolerance": 0.02, "forecast.repay": True}
+    found = calibrate(model_of(), 118.0, settings=[setting], run=lambda model: euler(model, 30))
+    trial = found.trials[0]
+    assert trial.setting == setting and trial.at_most == pytest.approx(30 / (2 + 3))  # R R, and every ninth
+    assert 5 <= trial.calls["dense"] < 30 and trial.calls["dense"] + trial.calls["forecast"] == 30
+    assert Config.from_options(found.options).forecast.tolerance is None
+
+
 def test_exact_forecasts_nothing_whatever_the_options(uncompiled):
     options = {**SMALL, "schedule.compute_every": 3, "forecast.residual": 1.0}
     found = chipmunk_compile.calibrate(model_of(1), euler, 118.0, options=options, settings=[every(4)], progress=False)
