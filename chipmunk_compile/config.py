@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
@@ -88,6 +89,9 @@ class Config:
     """Frames, rows and columns of the image tokens, for the token order; found in the graph when not given."""
     order: str = "patch"
     """Order of tokens inside: "patch" (chunks are boxes of neighbours), "hilbert", or "raster" (as they come)."""
+    memory_budget: int | None = None
+    """Bytes of state on the device, of all streams together: an integer, or a text such as "60GB" or "1.5 GiB". What
+    goes over it lies in host memory between its uses, or stays dense. None: as much as it takes."""
     mode: str | None = None
     """Inductor's mode: "default", "reduce-overhead", "max-autotune", ..."""
     inductor: tuple[tuple[str, Any], ...] = ()
@@ -136,6 +140,12 @@ class Config:
         expanded = dict(torch._inductor.list_mode_options(self.mode)) if self.mode else {}
         return {**expanded, **dict(self.inductor)}
 
+    @property
+    def replays_cuda_graphs(self) -> bool:
+        import torch._inductor.config
+
+        return self.inductor_options().get("triton.cudagraphs", torch._inductor.config.triton.cudagraphs)
+
 
 # Points on the frontier that a small trained model gave (refresh cadence matters more than sparsity there);
 # "exact" computes every column, so it differs from dense by rounding alone.
@@ -147,6 +157,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 CHUNKS = (32, 64, 128, 192)
+UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 ORDERS = ("patch", "hilbert", "raster")
 
 
@@ -255,6 +266,18 @@ def _order(name: str, value: Any) -> str:
     return value
 
 
+def _bytes(name: str, value: Any) -> int | None:
+    if value is None:
+        return None
+    if isinstance(value, str) and (parts := re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]+)\s*", value)):
+        unit = UNITS.get(parts[2].upper())
+        value = round(float(parts[1]) * unit) if unit else value
+    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+        known = ", ".join(UNITS)
+        raise OptionError(f'{name}={value!r}: bytes as an integer, a text such as "60GB" (units: {known}), or None')
+    return value
+
+
 def _mode(name: str, value: Any) -> str | None:
     import torch._inductor
 
@@ -308,6 +331,7 @@ RULES: dict[str, Callable[[str, Any], Any]] = {
     "streams": _at_least(1, optional=True),
     "grid": _grid,
     "order": _order,
+    "memory_budget": _bytes,
     "mode": _mode,
     "inductor": _inductor,
 }

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 import os
 import types
 from collections.abc import Mapping, Sequence
@@ -16,6 +15,7 @@ from torch import fx
 
 from .capture import Capture, attention_nodes, count_attention, describe, graph_breaks, wrapped_layers
 from .config import Config
+from .passes.flops import graph_flops
 from .passes.lower import Treatment, kept_state, lift_state
 from .passes.permute_tokens import Gather, PermutationPlan
 from .passes.reasons import Reason
@@ -25,8 +25,6 @@ from .plan import Analysis, Plan, analyse, make_plan
 from .printing import write_kernels
 from .ranks import ranks_of
 from .schedule import Program, fewest_steps, pays, programs_of
-
-aten = torch.ops.aten
 
 # Steps of generations whose work is predicted where no number is given: distilled models, and others.
 LENGTHS = (4, 12, 28, 50)
@@ -49,7 +47,8 @@ ADVICE = {
     "or options={'steps': ..., 'streams': ...}",
     Reason.NO_LASTING_OWNER: "offload whole models or groups of blocks, whose parameters stay the same objects",
     Reason.FEW_STEPS: "take options={'schedule.warmup': 1}, or more steps",
-    Reason.OVER_BUDGET: "raise the memory budget",
+    Reason.OVER_BUDGET: "raise options['memory_budget']",
+    Reason.NO_OFFLOAD: "raise options['memory_budget'], or compile in another mode than 'reduce-overhead'",
 }
 
 
@@ -370,27 +369,6 @@ def graph_report(analysis: Analysis, plan: Plan | None) -> GraphReport:
     timed = bool(analysis.inputs.timesteps)
     ranks = ranks_of(analysis.canonical).count if analysis.canonical else 1
     return GraphReport(nodes, timed, analysis.reason, analysis.detail, dense, dense - saved, dense + more, ranks)
-
-
-def graph_flops(gm: fx.GraphModule) -> int:
-    """Matrix work of one call of a canonical graph, two operations per multiply-add."""
-    total = 0
-    for node in gm.graph.nodes:
-        if node.op != "call_function" or not isinstance(node.meta.get("val"), torch.Tensor):
-            continue
-        shape = node.meta["val"].shape
-        if node.target is aten.linear.default:
-            total += 2 * math.prod(shape) * node.args[1].meta["val"].shape[1]
-        elif node.target in (aten.matmul.default, aten.mm.default, aten.bmm.default):
-            total += 2 * math.prod(shape) * node.args[0].meta["val"].shape[-1]
-        elif node.target in (aten.addmm.default, aten.baddbmm.default):
-            total += 2 * math.prod(shape) * node.args[1].meta["val"].shape[-1]
-        elif node.target is aten.scaled_dot_product_attention.default:
-            query, key = (node.args[i].meta["val"].shape for i in (0, 1))
-            total += 2 * math.prod(query[:-1]) * key[-2] * (query[-1] + shape[-1])
-        elif node.target in (aten.conv1d.default, aten.conv2d.default, aten.conv3d.default):
-            total += 2 * math.prod(shape) * math.prod(node.args[1].meta["val"].shape[1:])
-    return total
 
 
 def _numbers(detail: Mapping[str, Any]) -> str:

@@ -82,7 +82,7 @@ class StateTensor:
     """One lifted tensor: what it is, before it is allocated."""
 
     name: str
-    scope: str  # "table": fixed for the plan; "weights": per owner; "stream": per owner and stream
+    scope: str  # "table": fixed for the plan; "weights": per owner; "stream": per owner and stream; "home": offload.py
     shape: tuple[int, ...]
     stride: tuple[int, ...]
     dtype: torch.dtype
@@ -107,6 +107,11 @@ def lift_state(treatments: Sequence[Treatment]) -> list[StateTensor]:
         for tensor in _tables(treatment) + _caches(number, treatment):
             tensors.setdefault(tensor.name, tensor)
     return list(tensors.values())
+
+
+def site_caches(number: int, treatment: Treatment) -> list[StateTensor]:
+    """Those of the site's tensors that each stream has for itself."""
+    return [tensor for tensor in _caches(number, treatment) if tensor.scope == "stream"]
 
 
 def kept_state(gm: fx.GraphModule) -> list[StateTensor]:

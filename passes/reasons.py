@@ -30,6 +30,8 @@ class Reason(enum.Enum):
     ATTENTION_FORM = "softmax attention with another use of its weights, or a mask that no attention op takes"
     NOT_SOFTMAX_ATTENTION = "linear or otherwise unnormalised attention"
     DISABLED_BY_OPTION = "switched off by an option"
+    OVER_BUDGET = "its state does not fit the memory budget"
+    NO_OFFLOAD = "its state does not fit the memory budget, and CUDA graphs replay at addresses that stay: it cannot move"
     # A whole graph.
     NO_SITES = "no attention or MLP site in this graph"
     NO_OWNER = "the graph receives no parameters, so its state would have no owner"
@@ -53,5 +55,4 @@ class Reason(enum.Enum):
     # One call.
     NO_CLOCK = "no evidence of step and stream: no timestep input, no generation(), no steps option"
     FEW_STEPS = "the generation has so few steps that all of them would be computed in full"
-    OVER_BUDGET = "its state does not fit the memory budget"
     DISABLED = "inside chipmunk_compile.disabled()"

@@ -86,3 +86,31 @@ def test_mode_and_inductor_options_reach_inductor():
 def test_refreshes_are_listed_as_steps():
     assert Config.from_options({"schedule.refresh_at": [0, 1, 10, 40]}).schedule.refresh_at == (0, 1, 10, 40)
     assert Config.from_options({"schedule.refresh_at": None}).schedule.refresh_at is None
+
+
+@pytest.mark.parametrize(
+    "value, count",
+    [(None, None), (0, 0), (12345, 12345), ("60GB", 60 * 10**9), ("1.5 GiB", 3 * 2**29), ("512mb", 512 * 10**6)],
+)
+def test_a_memory_budget_is_bytes_or_a_text_with_a_unit(value, count):
+    assert Config.from_options({"memory_budget": value}).memory_budget == count
+
+
+@pytest.mark.parametrize("value", [True, -1, 1.5, "60", "60 gigs", "GB", "-1GB", "1e3GB", ["60GB"]])
+def test_another_memory_budget_is_an_error_that_says_how_to_write_it(value):
+    with pytest.raises(OptionError, match=r'memory_budget=.*"60GB"'):
+        Config.from_options({"memory_budget": value})
+
+
+@pytest.mark.parametrize(
+    "options, replays",
+    [
+        ({}, False),
+        ({"mode": "max-autotune-no-cudagraphs"}, False),
+        ({"mode": "reduce-overhead"}, True),
+        ({"inductor": {"triton.cudagraphs": True}}, True),
+        ({"mode": "reduce-overhead", "inductor": {"triton.cudagraphs": False}}, False),
+    ],
+)
+def test_cuda_graphs_are_known_from_inductor_s_options(options, replays):
+    assert Config.from_options(options).replays_cuda_graphs is replays

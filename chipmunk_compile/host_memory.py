@@ -1,0 +1,65 @@
+"""Host memory for state: taken when a stream is laid out, locked when it is first written, kept for the next stream.
+
+Locking pages costs seconds for every 10 GB, so a buffer that a generation gave back waits for the next one. What waits
+is freed by `reset()`, and when a size is asked for that nothing waits for: another resolution then, or another model.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import defaultdict
+from collections.abc import Sequence
+
+import torch
+
+from .kernels.transfer import PAGE, unpin
+from .passes.lower import StateTensor
+
+_lock = threading.Lock()
+_waiting: dict[int, list[torch.Tensor]] = defaultdict(list)  # by bytes; uint8, on pages of their own
+
+
+def take(specs: Sequence[StateTensor]) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """(one host tensor laid out like each spec, the buffers that they lie in, for `give_back`). Neither is filled."""
+    buffers = [_buffer(-(-spec.bytes // PAGE) * PAGE) for spec in specs]
+    with torch.inference_mode(False):
+        tensors = [b.view(spec.dtype).as_strided(spec.shape, spec.stride) for spec, b in zip(specs, buffers)]
+    return tensors, buffers
+
+
+def give_back(buffers: Sequence[torch.Tensor]) -> None:
+    with _lock:
+        for buffer in buffers:
+            _waiting[buffer.nbytes].append(buffer)
+
+
+def waiting_bytes() -> int:
+    """Bytes that no state holds."""
+    with _lock:
+        return sum(nbytes * len(buffers) for nbytes, buffers in _waiting.items())
+
+
+def free() -> None:
+    """Gives all that waits back to the system."""
+    with _lock:
+        _free()
+
+
+def _buffer(nbytes: int) -> torch.Tensor:
+    with _lock:
+        if _waiting[nbytes]:
+            return _waiting[nbytes].pop()
+        _free()
+    with torch.inference_mode(False):
+        raw = torch.empty(nbytes + PAGE, dtype=torch.uint8)
+        return raw[-raw.data_ptr() % PAGE :][:nbytes]
+
+
+def _free() -> None:
+    buffers = [buffer for some in _waiting.values() for buffer in some]
+    _waiting.clear()
+    if buffers and torch.cuda.is_available() and torch.cuda.is_initialized():
+        for device in range(torch.cuda.device_count()):  # copies may still be under way
+            torch.cuda.synchronize(device)
+    for buffer in buffers:
+        unpin(buffer)

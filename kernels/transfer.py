@@ -1,0 +1,181 @@
+"""State that lives in host memory between its uses: the operators that bring it to the device and take it back.
+
+    fetch     begins to copy a site's caches from their home to the device
+    arrive    whatever comes after it finds the last copy from or into these caches done
+    store     begins to copy them from the device to their home
+    keep      writes a value into a cache, right here: `aten.copy_` may be put off to the end of a program
+
+Copies run on a stream of their own, one after the other, beside what computes. `fetch` begins once all that was launched
+before it is done, so it may overwrite what an earlier op read; `arrive` makes the computing stream wait, not the host.
+A home that is the cache itself is on the device already: then nothing is done. So one program serves state that lies
+here or there. On a CPU the same ops are plain copies.
+
+Every op claims to write `order`, a tensor that nobody reads or writes: a compiler must then keep them in the order in
+which they stand. `after` is only waited for: it holds an op behind the op that makes it. Importing this module defines
+the operators, beside those of kernels/ops.py.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import threading
+from collections.abc import Sequence
+
+import torch
+
+from .ops import library
+
+log = logging.getLogger("chipmunk_compile")
+
+PAGE = 4096  # bytes; what the host memory of a copy is locked by
+
+Tensors = Sequence[torch.Tensor]
+
+
+class Plain:
+    """Copies on a CPU: done when they return."""
+
+    def fetch(self, home: Tensors, caches: Tensors) -> None:
+        _copy(caches, home)
+
+    def store(self, caches: Tensors, home: Tensors) -> None:
+        _copy(home, caches)
+
+    def arrive(self, caches: Tensors) -> None:
+        pass
+
+
+class Lane:
+    """Copies between one CUDA device and the host, beside what it computes."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._stream = torch.cuda.Stream(device)
+        # By the address of a cache: after the last copy from or into it. Addresses are few: a ring's, used again.
+        self._copied: dict[int, torch.cuda.Event] = {}
+
+    def fetch(self, home: Tensors, caches: Tensors) -> None:
+        self._copy(caches, home, caches)
+
+    def store(self, caches: Tensors, home: Tensors) -> None:
+        for tensor in home:
+            pin(tensor)
+        self._copy(home, caches, caches)
+
+    def arrive(self, caches: Tensors) -> None:
+        event = self._copied.get(caches[0].data_ptr())
+        if event is not None:
+            torch.cuda.current_stream(caches[0].device).wait_event(event)
+
+    def _copy(self, targets: Tensors, sources: Tensors, caches: Tensors) -> None:
+        self._stream.wait_stream(torch.cuda.current_stream(caches[0].device))
+        with torch.cuda.stream(self._stream):
+            _copy(targets, sources)
+            event = self._copied.setdefault(caches[0].data_ptr(), torch.cuda.Event())
+            event.record(self._stream)
+        for cache in caches:  # freed while it is copied, its memory must not be given away
+            cache.record_stream(self._stream)
+
+
+_plain = Plain()
+_lock = threading.Lock()
+_lanes: dict[int, Lane] = {}  # by the index of the device
+
+
+def lane(device: torch.device) -> Plain | Lane:
+    """What copies between `device` and the host."""
+    if device.type != "cuda":
+        return _plain
+    with _lock:
+        if device.index not in _lanes:
+            _lanes[device.index] = Lane(device)
+        return _lanes[device.index]
+
+
+def fetch(home: Tensors, caches: Tensors, order: torch.Tensor, after: torch.Tensor | None) -> None:
+    """Begins to fill `caches`, on the device, from their `home`."""
+    if _is_away(home, caches):
+        lane(caches[0].device).fetch(home, caches)
+
+
+def arrive(caches: Tensors, order: torch.Tensor, after: torch.Tensor | None) -> None:
+    """What is launched from here on reads what was fetched into `caches`, and may write what was stored from them."""
+    lane(caches[0].device).arrive(caches)
+
+
+def store(caches: Tensors, home: Tensors, order: torch.Tensor) -> None:
+    """Begins to write `caches` to their `home`."""
+    if _is_away(home, caches):
+        lane(caches[0].device).store(caches, home)
+
+
+def keep(cache: torch.Tensor, value: torch.Tensor) -> None:
+    """cache.copy_(value)."""
+    cache.copy_(value)
+
+
+def _is_away(home: Tensors, caches: Tensors) -> bool:
+    return home[0].data_ptr() != caches[0].data_ptr()
+
+
+def _copy(targets: Tensors, sources: Tensors) -> None:
+    """As the bytes lie: padding between rows comes along, so that each tensor is one copy."""
+    for target, source in zip(targets, sources):
+        _flat(target).copy_(_flat(source), non_blocking=True)
+
+
+def _flat(tensor: torch.Tensor) -> torch.Tensor:
+    extent = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride()))
+    return tensor.as_strided((extent,), (1,))
+
+
+# --- host memory that a device copies from and to by itself ---
+
+
+def pin(home: torch.Tensor) -> None:
+    """Locks the pages of `home` into memory, unless they are: when it is first stored, a tensor at a time.
+
+    Pages are touched and locked at a few GB/s, while the device computes the layers before. Memory that cannot be
+    locked is copied all the same, but then the host waits for each copy.
+    """
+    if home.is_pinned():
+        return
+    nbytes = _flat(home).nbytes
+    error = torch.cuda.cudart().cudaHostRegister(home.data_ptr(), -(-nbytes // PAGE) * PAGE, 0)
+    if int(error):
+        _say_unpinned(str(error))
+
+
+def unpin(home: torch.Tensor) -> None:
+    """Before memory that `pin` may have locked is freed; no copy from or to it may be under way."""
+    if torch.cuda.is_available() and torch.cuda.is_initialized() and home.is_pinned():
+        torch.cuda.cudart().cudaHostUnregister(home.data_ptr())
+
+
+@functools.cache
+def _say_unpinned(error: str) -> None:
+    log.warning(
+        "host memory for state could not be locked (%s): every copy stops the host. Raise the limit of locked memory "
+        "(ulimit -l), or the option memory_budget",
+        error,
+    )
+
+
+# --- definitions ---
+
+_SCHEMAS = (
+    "fetch(Tensor[] home, Tensor(a!)[] caches, Tensor(b!) order, Tensor? after) -> ()",
+    "arrive(Tensor(a!)[] caches, Tensor(b!) order, Tensor? after) -> ()",
+    "store(Tensor[] caches, Tensor(a!)[] home, Tensor(b!) order) -> ()",
+    "keep(Tensor(a!) cache, Tensor value) -> ()",
+)
+
+
+def _nothing(*args) -> None:
+    pass
+
+
+for _schema in _SCHEMAS:
+    _name = library.define(_schema, tags=(torch.Tag.flexible_layout,))
+    library.impl(_name, globals()[_name], "CompositeExplicitAutograd")
+    torch.library.register_fake(f"chipmunk::{_name}", _nothing, lib=library)
