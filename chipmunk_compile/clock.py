@@ -93,6 +93,11 @@ class Clock:
     def state_bytes(self) -> int:
         return sum(state.bytes for stream in self.live for state in list(stream.states.values()))
 
+    @property
+    def host_state_bytes(self) -> int:
+        held = [state for stream in self.live for state in list(stream.states.values())]
+        return sum(getattr(state, "host_bytes", 0) for state in held)
+
     def release(self) -> None:
         """Frees all state; the next forward starts a generation."""
         for stream in self.live:

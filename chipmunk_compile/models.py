@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from . import telemetry
+from .budget import Ledger
 from .clock import Clock, InferredClock, Tick
 from .config import Config
 from .counting import CountedClock
@@ -67,6 +68,7 @@ class Root:
         self._running = threading.local()
         self._epoch = 0
         self._last: Forward | None = None  # complete
+        self.ledger = Ledger()
 
     def count(self, config: Config) -> None:
         """Counts calls from now on, where the options say how many there are."""

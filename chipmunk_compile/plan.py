@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from . import telemetry
+from . import budget, telemetry
 from .config import Config, OptionError
 from .kernels.ops import column_step, why_slow
 from .passes import PASSES
@@ -100,6 +100,9 @@ class Plan:
     treatments: tuple[Treatment, ...]
     orders: tuple[torch.Tensor, ...]  # the permuted graph's last inputs, int64
     order: int = 0  # names the order of tokens; 0 where they are as they come
+    movable: tuple[int, ...] = ()  # numbers of treatments whose caches may lie in host memory, in graph order
+    hosted: frozenset[int] = frozenset()  # those that do, where streams come as foreseen
+    declined: tuple[Declined, ...] = ()  # sites that the memory budget leaves dense
 
 
 @collector_paused()
@@ -166,9 +169,9 @@ def make_plan(analysis: Analysis, grids: Sequence[tuple[Grid, ...] | None], conf
             chunks = site_chunks(analysis.axes, site, options.chunk, permutation, fitted)
         columns = site.kv_len if site.kind == "attention" else site.hidden
         treatments.append(Treatment(site, _kept(columns, options.sparsity, device), options.samples, chunks))
-    return Plan(
-        analysis.canonical, tuple(treatments), tuple(indices), _name_of(orders, permutation, analysis.canonical)
-    )
+    name = _name_of(orders, permutation, analysis.canonical)
+    fit = budget.fit(treatments, analysis.canonical, config)
+    return Plan(analysis.canonical, fit.treatments, tuple(indices), name, fit.movable, fit.hosted, fit.declined)
 
 
 def _name_of(orders: Sequence[torch.Tensor], permutation: PermutationPlan | None, canonical: fx.GraphModule) -> int:

@@ -20,8 +20,10 @@ from .kept import Keeper, marks, unchanged
 from .kernels import cpu, ops
 from .passes.collector import collector_paused
 from .passes.graphs import graph_module
+from .offloading import Offload
 from .passes.key_masks import mask_inputs
 from .passes.lower import StateTensor, kept_state, lift_state, lower
+from .passes.offload import offload, offload_state
 from .plan import Plan
 from .schedule import Program
 from .state import State
@@ -66,7 +68,9 @@ class Programs:
             self._compiled[Program.DENSE, False] = dense
         self._tables: list[torch.Tensor] | None = None
         self._lock = threading.RLock()
-        self.state = [*lift_state(plan.treatments), *kept_state(plan.canonical)]
+        moved = offload_state(plan.treatments, plan.movable)
+        self.state = [*lift_state(plan.treatments), *kept_state(plan.canonical), *moved]
+        self.offload = Offload(plan, config.memory_budget, config.streams)
         self._keeper = Keeper(plan.canonical)
         self._mask_inputs = mask_inputs(plan.canonical, [treatment.site for treatment in plan.treatments])
 
@@ -97,7 +101,10 @@ class Programs:
         """A fresh copy of the program's graph, as Inductor gets it. masks_hold: of `lower`."""
         if program is Program.DENSE:
             return _copy(self._dynamo)
-        lowered = lower(self.plan.canonical, self.plan.treatments, program.value, masks_hold)
+        plan = self.plan
+        lowered = lower(plan.canonical, plan.treatments, program.value, masks_hold)
+        if plan.movable:
+            lowered = offload(lowered, plan.treatments, plan.movable, program.value)
         return _with_dynamo_metadata(lowered, self._dynamo)
 
     def _masks(self, args: Sequence) -> list:
@@ -111,7 +118,10 @@ class Programs:
             device = self.state[0].device
             self._orders = [order.to(device) for order in self.plan.orders]
             self._tables = [tensor.empty() for tensor in self.scope("table")]
+        if state.ring is not None:
+            state.ring.follow()
         scopes = {"table": iter(self._tables), "weights": iter(state.weights.tensors), "stream": iter(state.tensors)}
+        scopes["home"] = iter(state.homes)
         return [*self._orders, *(next(scopes[tensor.scope]) for tensor in self.state)]
 
     def _compile(self, program: Program, masks_hold: bool, args: list) -> Callable:
@@ -142,7 +152,24 @@ def compile_graph(graph: fx.GraphModule, args: list, config: Config) -> Callable
         torch._guards.tracing(torch._guards.TracingContext(fake_mode)),
         caches.patch(cache_key_tag=f"{caches.cache_key_tag} chipmunk {_digest_of_ops()}"),
     ):
-        return compile_fx(graph, args, config_patches=config.inductor_options(), ignore_shape_env=True)
+        inputs = _examples(graph, args, fake_mode)
+        return compile_fx(graph, inputs, config_patches=config.inductor_options(), ignore_shape_env=True)
+
+
+def _examples(graph: fx.GraphModule, args: list, fake_mode) -> list:
+    """`args`, but for state that may move: at one call two of those are the same tensor, at another they are not, and
+    the compiler must not take either for granted."""
+    placeholders = [node for node in graph.graph.nodes if node.op == "placeholder"]
+    lifted = [node.meta.get("lifted") for node in placeholders]
+    if not any(spec is not None and spec.scope == "home" for spec in lifted):
+        return args
+    with fake_mode:
+        return [
+            torch.empty_strided(spec.shape, spec.stride, dtype=spec.dtype, device=spec.device)
+            if spec is not None and spec.scope in ("stream", "home")
+            else arg
+            for spec, arg in zip(lifted, args, strict=True)
+        ]
 
 
 @functools.cache

@@ -21,7 +21,7 @@ from .plan import Analysis, Inputs, make_plan
 from .programs import Compiler, Programs, is_disabled
 from .ranks import ranks_of
 from .schedule import Program, pays, program_at
-from .state import Owner, State, allocate
+from .state import Owner, State
 
 log = logging.getLogger(__name__)
 # Steps run early for nothing, until an owner's are no longer.
@@ -112,7 +112,7 @@ class Runner(_Called):
         self._dense_until = config.dense_layers if analysis.layers <= config.dense_layers else 0
         self._by_grid: dict[tuple, Programs] = {} if programs is None else programs
         self.programs: Programs | None = None
-        self._said_too_short = False
+        self._said_too_short = self._said_over_budget = False
         self._keeps_order = False  # tokens are as they come: other ranks would reorder theirs otherwise
 
     def __call__(self, *args):
@@ -192,9 +192,7 @@ class Runner(_Called):
             return self._run_dense(programs, args)
         if owner.root.forward.layers < self._dense_until or self._is_too_short(tick):
             states.pop(key, None)
-            outputs = self._run_dense(programs, args)
-            owner.root.end_call(self._analysis.layers)
-            return outputs
+            return self._stay_dense(programs, owner, args)
         state = states.get(key)
         if early is not None:
             if state is not None and early.is_of(tick, state):
@@ -211,8 +209,10 @@ class Runner(_Called):
             telemetry.count("misjudged")
         if state is None or state.fits != fits:
             states.pop(key, None)
-            state = states[key] = allocate(programs.scope("stream"), fits)
-            state.weights = owner.weights(programs.scope("weights"))
+            state = self._allocate(programs, owner, states, fits)
+            if state is None:
+                return self._stay_dense(programs, owner, args)
+            states[key] = state
         history = self._history(owner.root, states)
         if history is not None and tick.fresh:
             history.filled = False
@@ -265,6 +265,25 @@ class Runner(_Called):
     def _run_dense(self, programs: Programs, args: Sequence):
         self._ranks.agree(Program.DENSE)
         return programs.run(Program.DENSE, args)
+
+    def _stay_dense(self, programs: Programs, owner: Owner, args: Sequence):
+        outputs = self._run_dense(programs, args)
+        owner.root.end_call(self._analysis.layers)
+        return outputs
+
+    def _allocate(self, programs: Programs, owner: Owner, states: dict, fits: tuple) -> State | None:
+        """State for one more owner in a stream, within the memory budget; None where nothing is left of that."""
+        ledger = owner.root.ledger
+        hosted = programs.offload.place(ledger, list(states.values()), not owner.has_weights)
+        if hosted is None:
+            if not self._said_over_budget:
+                self._said_over_budget = True
+                log.warning("%s (%s bytes): calls stay dense", Reason.OVER_BUDGET.value, self._config.memory_budget)
+            return None
+        state = programs.offload.allocate(programs.scope("stream"), fits, hosted, ledger)
+        state.weights = owner.weights(programs.scope("weights"))
+        ledger.add(state.weights, shared=True)
+        return state
 
     def _is_too_short(self, tick: Tick) -> bool:
         """Whether the generation has too few steps for any to be less than a dense one, as far as is known."""

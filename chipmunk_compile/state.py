@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -27,15 +27,24 @@ class State:
     weights: State | None = None
     kept_from: list | None = None  # what the kept gathers among `tensors` were made from (`kept.Keeper`)
     masks_from: list | None = None  # what the boolean key masks of the refresh were made from
+    # Where a site's caches lie between uses, for those that may move: in host memory, or as they are in `tensors`.
+    homes: list[torch.Tensor] = field(default_factory=list)
+    ring: Any = None  # what `tensors` of sites in host memory are part of (`offloading.Ring`)
+    bytes: int = 0  # on the device, its own
+    host_bytes: int = 0
 
-    @property
-    def bytes(self) -> int:
-        return sum(t.untyped_storage().nbytes() for t in self.tensors)
 
+def allocate(
+    specs: Sequence[StateTensor], fits: Any = None, borrowed: Mapping[str, torch.Tensor] | None = None
+) -> State:
+    """Tensors at addresses that stay; a refresh writes every element before a delta reads one.
 
-def allocate(specs: Sequence[StateTensor], fits: Any = None) -> State:
-    """Tensors at addresses that stay; a refresh writes every element before a delta reads one."""
-    return State([spec.empty() for spec in specs], fits)
+    borrowed: by name, tensors that are there already and belong to somebody else.
+    """
+    borrowed = borrowed or {}
+    own = {spec.name: spec.empty() for spec in specs if spec.name not in borrowed}
+    tensors = [own[spec.name] if spec.name in own else borrowed[spec.name] for spec in specs]
+    return State(tensors, fits, bytes=sum(t.untyped_storage().nbytes() for t in own.values()))
 
 
 class Owner:
@@ -63,6 +72,13 @@ class Owner:
             state = allocate(specs)
             self._weights = weakref.ref(state)
         return state
+
+    @property
+    def has_weights(self) -> bool:
+        """Whether what is derived from weights is there."""
+        return self._weights is not None and self._weights() is not None
+
+    host_state_bytes = 0
 
     @property
     def state_bytes(self) -> int:
