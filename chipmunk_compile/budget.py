@@ -31,8 +31,8 @@ class Link:
     flops_per_s: float = math.inf
 
 
-# Low rather than high: PCIe 4.0 with 16 lanes (5.0, as H100 and H200 have it, is twice as fast), and what dense bfloat16
-# attention reaches on a Hopper GPU. On a CPU, state is in host memory wherever it lies.
+# Low rather than high: PCIe 4.0 with 16 lanes (5.0, as H100 and H200 have it, is twice as fast), and what sparse
+# bfloat16 attention reaches on a Hopper GPU. On a CPU, state is in host memory wherever it lies.
 LINKS = {"cuda": Link(25e9, 4e14)}
 
 

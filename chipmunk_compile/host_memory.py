@@ -6,9 +6,11 @@ is freed by `reset()`, and when a size is asked for that nothing waits for: anot
 
 from __future__ import annotations
 
+import math
 import threading
 from collections import defaultdict
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 
@@ -39,6 +41,28 @@ def waiting_bytes() -> int:
         return sum(nbytes * len(buffers) for nbytes, buffers in _waiting.items())
 
 
+def available_bytes() -> float:
+    """What may be taken: what waits, and three quarters of what the system would give away without swapping."""
+    return waiting_bytes() + 0.75 * min(_of_system(), _of_group())
+
+
+def _of_system() -> float:
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        return next(1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:"))
+    except (OSError, StopIteration, ValueError):
+        return math.inf
+
+
+def _of_group() -> float:
+    """Of a container, by its control group."""
+    try:
+        limit, used = (int(Path("/sys/fs/cgroup", name).read_text()) for name in ("memory.max", "memory.current"))
+        return limit - used
+    except (OSError, ValueError):  # none, or "max"
+        return math.inf
+
+
 def free() -> None:
     """Gives all that waits back to the system."""
     with _lock:
@@ -58,8 +82,8 @@ def _buffer(nbytes: int) -> torch.Tensor:
 def _free() -> None:
     buffers = [buffer for some in _waiting.values() for buffer in some]
     _waiting.clear()
-    if buffers and torch.cuda.is_available() and torch.cuda.is_initialized():
+    if buffers and torch.cuda.is_initialized():
         for device in range(torch.cuda.device_count()):  # copies may still be under way
             torch.cuda.synchronize(device)
     for buffer in buffers:
-        unpin(buffer)
+        unpin(buffer.data_ptr())

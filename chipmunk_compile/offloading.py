@@ -1,4 +1,4 @@
-"""Where one graph's state lies: which sites of a stream are in host memory, and the ring that their caches pass through."""
+"""Where one graph's state lies: which sites of a stream are in host memory, and the ring that they pass through."""
 
 from __future__ import annotations
 
@@ -74,7 +74,10 @@ class Offload:
             return frozenset()
         size, ring = self._footprint, self._ring() if self._ring is not None else None
         shared = size.shared if new_shared else 0
-        return place(size, self._budget, self._streams, ledger.held(mine), shared, 0 if ring else size.ring)
+        hosted = place(size, self._budget, self._streams, ledger.held(mine), shared, 0 if ring else size.ring)
+        if hosted and sum(map(size.movable.__getitem__, hosted)) > host_memory.available_bytes():
+            return None
+        return hosted
 
     def allocate(self, specs: Sequence[StateTensor], fits, hosted: Collection[int], ledger: Ledger) -> State:
         """The state of one stream. specs: its tensors, in the order in which programs take them."""

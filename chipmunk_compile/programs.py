@@ -18,9 +18,9 @@ from . import telemetry
 from .config import Config
 from .kept import Keeper, marks, unchanged
 from .kernels import cpu, ops
+from .offloading import Offload
 from .passes.collector import collector_paused
 from .passes.graphs import graph_module
-from .offloading import Offload
 from .passes.key_masks import mask_inputs
 from .passes.lower import StateTensor, kept_state, lift_state, lower
 from .passes.offload import offload, offload_state

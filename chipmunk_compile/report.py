@@ -13,10 +13,11 @@ from typing import Any
 import torch
 from torch import fx
 
+from .budget import footprint
 from .capture import Capture, attention_nodes, count_attention, describe, graph_breaks, wrapped_layers
 from .config import Config
 from .passes.flops import graph_flops
-from .passes.lower import Treatment, kept_state, lift_state
+from .passes.lower import Treatment, kept_state, lift_state, site_caches
 from .passes.permute_tokens import Gather, PermutationPlan
 from .passes.reasons import Reason
 from .passes.sites import Declined
@@ -65,6 +66,7 @@ class SiteReport:
     dense_flops: int = 0
     delta_flops: int = 0
     state_bytes: int = 0
+    host_bytes: int = 0  # of state_bytes, those in host memory between uses
 
     @property
     def work_saved(self) -> float:
@@ -143,6 +145,20 @@ class Report:
     state_bytes: int  # of one stream
     permutation: PermutationReport
     capture: Capture
+    host_bytes: int = 0  # of state_bytes, those in host memory, where streams come as foreseen (`memory_budget`)
+    ring_bytes: int = 0  # on the device besides: what comes from the host passes through
+
+    @property
+    def device_bytes(self) -> int:
+        """On the device, for one stream."""
+        return self.state_bytes - self.host_bytes + self.ring_bytes
+
+    @property
+    def layer_bytes(self) -> float:
+        """State of a layer: an attention and the MLPs behind it, on the average of those accelerated."""
+        taken = [site for site in self.sites if site.accelerated]
+        layers = sum(site.kind == "attention" for site in taken) or len(taken)
+        return sum(site.state_bytes for site in taken) / layers if layers else 0.0
 
     @property
     def delta_share(self) -> float:
@@ -182,7 +198,8 @@ class Report:
             return {**fields, "detail": dict(site.detail), "shapes": dict(site.shapes)}
 
         graphs = [{**vars(g), "reason": g.reason.name if g.reason else None} for g in self.graphs]
-        whole = {"model": self.model, "state_bytes": self.state_bytes, "delta_share": self.delta_share}
+        whole = {"model": self.model, "delta_share": self.delta_share}
+        whole |= {name: getattr(self, name) for name in ("state_bytes", "device_bytes", "host_bytes", "layer_bytes")}
         order = {**vars(self.permutation), "reason": self.permutation.reason.name if self.permutation.reason else None}
         order["gathers"] = [vars(gather) for gather in self.permutation.gathers]
         whole["permutation"] = {**order, "detail": dict(self.permutation.detail)}
@@ -202,7 +219,7 @@ class Report:
         lines.append(f"schedule   refresh at the first {schedule.warmup} steps and {further}; delta between")
         lines.append(f"work       a delta step does {self.delta_share:.0%} of a dense step's matrix work (predicted)")
         lines += [f"           {line}" for line in self._lengths()]
-        lines.append(f"state      {_bytes(self.state_bytes)} per stream")
+        lines.append(f"state      {self._state()}")
         lines.append(f"order      {self.permutation}")
         lines += [f"           {line}" for line in self.permutation.lines()]
         lines.append(f"clock      {self._clock()}")
@@ -210,6 +227,15 @@ class Report:
             lines.append(f"ranks      {ranks} exchange tokens; before each call they agree on its program")
         lines += [f"{'capture' if i == 0 else '':<10} {line}" for i, line in enumerate(self.capture.lines())]
         return [f"  {line}" for line in lines]
+
+    def _state(self) -> str:
+        text = f"{_bytes(self.state_bytes)} per stream, {_bytes(self.layer_bytes)} a layer"
+        if self.config.memory_budget is None:
+            return text
+        host = f", {_bytes(self.host_bytes)} in host memory" if self.host_bytes else ""
+        ring = f" ({_bytes(self.ring_bytes)} for what comes and goes)" if self.host_bytes else ""
+        budget = _bytes(self.config.memory_budget)
+        return f"{text}: {_bytes(self.device_bytes)} on the device{ring}{host}; budget {budget}"
 
     def _lengths(self) -> list[str]:
         """What generations of several lengths, or of the one given, take of a dense one's work."""
@@ -295,7 +321,9 @@ def explain(
     if kernels_dir is not None:
         write_kernels([plan for _, plan in found if plan], kernels_dir)
     permutation = _permutation(found, grids, config)
-    return Report(type(model).__name__, config, tuple(sites), graphs, state, permutation, capture)
+    host = sum(site.host_bytes for site in sites)
+    rings = [footprint(p.treatments, p.movable, p.canonical).ring for _, p in found if p and p.hosted]
+    return Report(type(model).__name__, config, tuple(sites), graphs, state, permutation, capture, host, sum(rings))
 
 
 def generation_share(steps: int, config: Config, refresh: float, delta: float) -> float:
@@ -342,19 +370,20 @@ def _sites(analysis: Analysis, plan: Plan | None) -> list[SiteReport]:
     for tensor in lift_state(treatments):
         if tensor.scope != "table":
             state[int(tensor.name.rpartition("_")[2])] += tensor.bytes
-    taken = [_accelerated(t, held) for t, held in zip(treatments, state)]
-    return taken + [_declined(d) for d in analysis.declined]
+    hosted = plan.hosted if plan is not None else ()
+    moved = [sum(t.bytes for t in site_caches(n, s)) if n in hosted else 0 for n, s in enumerate(treatments)]
+    taken = [_accelerated(t, held, host) for t, held, host in zip(treatments, state, moved)]
+    return taken + [_declined(d) for d in (*analysis.declined, *(plan.declined if plan is not None else ()))]
 
 
-def _accelerated(treatment: Treatment, state_bytes: int) -> SiteReport:
+def _accelerated(treatment: Treatment, state_bytes: int, host_bytes: int) -> SiteReport:
     site = treatment.site
     names = ("batch", "heads", "q_len", "kv_len", "head_dim") if site.kind == "attention" else (
         "batch", "tokens", "in_features", "hidden", "out_features")  # fmt: skip
     shapes = {name: getattr(site, name) for name in names}
     detail = {"columns": treatment.kept, "of": treatment.columns}
-    return SiteReport(
-        site.kind, site.name, True, None, detail, shapes, treatment.dense_flops, treatment.delta_flops, state_bytes
-    )
+    work = treatment.dense_flops, treatment.delta_flops
+    return SiteReport(site.kind, site.name, True, None, detail, shapes, *work, state_bytes, host_bytes)
 
 
 def _declined(declined: Declined) -> SiteReport:

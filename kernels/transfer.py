@@ -5,10 +5,10 @@
     store     begins to copy them from the device to their home
     keep      writes a value into a cache, right here: `aten.copy_` may be put off to the end of a program
 
-Copies run on a stream of their own, one after the other, beside what computes. `fetch` begins once all that was launched
-before it is done, so it may overwrite what an earlier op read; `arrive` makes the computing stream wait, not the host.
-A home that is the cache itself is on the device already: then nothing is done. So one program serves state that lies
-here or there. On a CPU the same ops are plain copies.
+Copies run on a stream of their own, one after the other, beside what computes. `fetch` begins once all that was
+launched before it is done, so it may overwrite what an earlier op read; `arrive` makes the computing stream wait, not
+the host. A home that is the cache itself is on the device already: then nothing is done. So one program serves state
+that lies here or there. On a CPU the same ops are plain copies.
 
 Every op claims to write `order`, a tensor that nobody reads or writes: a compiler must then keep them in the order in
 which they stand. `after` is only waited for: it holds an op behind the op that makes it. Importing this module defines
@@ -17,6 +17,7 @@ the operators, beside those of kernels/ops.py.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
 import threading
@@ -59,7 +60,7 @@ class Lane:
 
     def store(self, caches: Tensors, home: Tensors) -> None:
         for tensor in home:
-            pin(tensor)
+            pin(tensor, caches[0].device)
         self._copy(home, caches, caches)
 
     def arrive(self, caches: Tensors) -> None:
@@ -132,31 +133,44 @@ def _flat(tensor: torch.Tensor) -> torch.Tensor:
 # --- host memory that a device copies from and to by itself ---
 
 
-def pin(home: torch.Tensor) -> None:
-    """Locks the pages of `home` into memory, unless they are: when it is first stored, a tensor at a time.
+# By address: whether it could be locked. torch's own pinned memory comes in powers of two: 1.07 GB for 0.73 GB.
+_tried: dict[int, bool] = {}
 
-    Pages are touched and locked at a few GB/s, while the device computes the layers before. Memory that cannot be
-    locked is copied all the same, but then the host waits for each copy.
+
+def pin(home: torch.Tensor, device: torch.device) -> None:
+    """Locks the pages of `home` into memory, unless that was done: when it is first stored, a tensor at a time.
+
+    Pages are touched and locked at a few GB/s, while the device computes the layers before. `home` begins on a page,
+    and has its pages for itself. Memory that cannot be locked is copied all the same, but the host waits for each copy.
     """
-    if home.is_pinned():
+    address = home.data_ptr()
+    if address in _tried:
         return
-    nbytes = _flat(home).nbytes
-    error = torch.cuda.cudart().cudaHostRegister(home.data_ptr(), -(-nbytes // PAGE) * PAGE, 0)
+    nbytes = -(-_flat(home).nbytes // PAGE) * PAGE
+    error = torch.cuda.cudart().cudaHostRegister(address, nbytes, 0)
+    _tried[address] = not int(error)
     if int(error):
+        _forget_error(device)
         _say_unpinned(str(error))
 
 
-def unpin(home: torch.Tensor) -> None:
-    """Before memory that `pin` may have locked is freed; no copy from or to it may be under way."""
-    if torch.cuda.is_available() and torch.cuda.is_initialized() and home.is_pinned():
-        torch.cuda.cudart().cudaHostUnregister(home.data_ptr())
+def unpin(address: int) -> None:
+    """Before the memory at `address` is freed: what `pin` did. No copy from or to it may be under way."""
+    if _tried.pop(address, False):
+        torch.cuda.cudart().cudaHostUnregister(address)
+
+
+def _forget_error(device: torch.device) -> None:
+    """CUDA keeps the error of a call that failed, and the next kernel launch raises it: this one."""
+    with contextlib.suppress(RuntimeError):
+        torch.zeros(1, device=device)
 
 
 @functools.cache
 def _say_unpinned(error: str) -> None:
     log.warning(
-        "host memory for state could not be locked (%s): every copy stops the host. Raise the limit of locked memory "
-        "(ulimit -l), or the option memory_budget",
+        "host memory for state could not be locked (%s), so each copy makes the host wait: raise the option "
+        "memory_budget, or leave more host memory free",
         error,
     )
 

@@ -30,8 +30,8 @@ class Reason(enum.Enum):
     ATTENTION_FORM = "softmax attention with another use of its weights, or a mask that no attention op takes"
     NOT_SOFTMAX_ATTENTION = "linear or otherwise unnormalised attention"
     DISABLED_BY_OPTION = "switched off by an option"
-    OVER_BUDGET = "its state does not fit the memory budget"
-    NO_OFFLOAD = "its state does not fit the memory budget, and CUDA graphs replay at addresses that stay: it cannot move"
+    OVER_BUDGET = "its state does not fit the memory budget, or what is over it the memory of the host"
+    NO_OFFLOAD = "its state does not fit the memory budget, and cannot move: CUDA graphs replay at fixed addresses"
     # A whole graph.
     NO_SITES = "no attention or MLP site in this graph"
     NO_OWNER = "the graph receives no parameters, so its state would have no owner"
