@@ -136,7 +136,10 @@ class Bench:
 
 def _setting(text: str) -> tuple[str, object]:
     name, _, value = text.partition("=")
-    return name, json.loads(value)
+    try:
+        return name, json.loads(value)
+    except json.JSONDecodeError:  # a text as it is: memory_budget=60GB
+        return name, value
 
 
 def main() -> int:

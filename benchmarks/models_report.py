@@ -86,7 +86,8 @@ def line(row: dict) -> str:
         if row.get(f"{program}_ms") is not None:
             words.append(f"{program} {row[f'{program}_ms']:.2f} ms")
     for name in ("sdpa", "dense_host_ms", "host_ms", "parts_ms", "dense_parts_ms", "dense_cold_start_s", "cold_start_s",
-                 "state_bytes", "peak_bytes", "whole_model_ms", "error", "loop_really_run", "failure"):  # fmt: skip
+                 "state_bytes", "host_state_bytes", "peak_bytes",
+                 "whole_model_ms", "error", "loop_really_run", "failure"):  # fmt: skip
         if row.get(name):
             words.append(f"{name} {rounded(row[name])}")
     if "loop_speedup" in row:

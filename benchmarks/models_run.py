@@ -90,7 +90,8 @@ class Depth:
         log.info("ours: %s ms, medians of %s", {k: round(v, 2) for k, v in ms.items()}, counted)
         found = {f"{program}_ms": value for program, value in ms.items()}
         if not brief:
-            found |= {"peak_bytes": self._peak(), "state_bytes": chipmunk_compile.counters()["state_bytes"]}
+            counted = chipmunk_compile.counters()
+            found |= {"peak_bytes": self._peak(), **{k: counted[k] for k in ("state_bytes", "host_state_bytes")}}
             found["cold_start_s"] = first - sum(ms.get(name, 0.0) for name in ("refresh", "delta")) / 1e3
             found |= self._look(compiled, steps, ms)
             if self._loops:

@@ -15,7 +15,7 @@ from torch import fx
 
 from .config import Config
 from .passes.flops import graph_flops
-from .passes.lower import Treatment, kept_state, lift_state, site_caches
+from .passes.lower import Treatment, kept_state, site_caches
 from .passes.offload import DEPTH, movable_sites
 from .passes.reasons import Reason
 from .passes.sites import Declined
@@ -40,7 +40,7 @@ LINKS = {"cuda": Link(25e9, 4e14)}
 class Footprint:
     """Bytes of one graph's state, for one owner."""
 
-    shared: int  # of all streams: tables, what is derived from weights
+    shared: int  # of all streams: what is derived from weights
     fixed: int  # of one stream, never moved
     movable: dict[int, int]  # of one stream, by the site's number, in the order of the graph
     kinds: dict[int, str]  # of those sites
@@ -138,7 +138,7 @@ def footprint(treatments: Sequence[Treatment], movable: Sequence[int], canonical
     caches = {n: site_caches(n, t) for n, t in enumerate(treatments)}
     moved = {n: sum(-(-tensor.bytes // ALIGN) * ALIGN for tensor in caches[n]) for n in movable}
     fixed = [tensor for n in caches if n not in moved for tensor in caches[n]] + kept_state(canonical)
-    shared = sum(tensor.bytes for tensor in lift_state(treatments) if tensor.scope != "stream")
+    shared = sum(tensor.bytes for n, t in enumerate(treatments) for tensor in site_caches(n, t, "weights"))
     kinds = {n: treatments[n].site.kind for n in movable}
     return Footprint(shared, sum(tensor.bytes for tensor in fixed), moved, kinds)
 
@@ -189,7 +189,7 @@ def _least_valuable(treatments: Sequence[Treatment], movable: Sequence[int]) -> 
 
     def value(number: int) -> float:
         t = treatments[number]
-        caches = [tensor for tensor in lift_state([t]) if tensor.scope != "table"]
-        return (t.dense_flops - t.delta_flops) / sum(tensor.bytes for tensor in caches)
+        state = site_caches(number, t) + site_caches(number, t, "weights")
+        return (t.dense_flops - t.delta_flops) / sum(tensor.bytes for tensor in state)
 
     return treatments[min(numbered, key=value)]

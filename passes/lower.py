@@ -109,9 +109,9 @@ def lift_state(treatments: Sequence[Treatment]) -> list[StateTensor]:
     return list(tensors.values())
 
 
-def site_caches(number: int, treatment: Treatment) -> list[StateTensor]:
-    """Those of the site's tensors that each stream has for itself."""
-    return [tensor for tensor in _caches(number, treatment) if tensor.scope == "stream"]
+def site_caches(number: int, treatment: Treatment, scope: str = "stream") -> list[StateTensor]:
+    """Those of the site's tensors that each stream has for itself, or those of another scope but "table"."""
+    return [tensor for tensor in _caches(number, treatment) if tensor.scope == scope]
 
 
 def kept_state(gm: fx.GraphModule) -> list[StateTensor]:
