@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 from torch import fx
 
+from .clock import Stream
 from .config import Config
 from .passes.flops import graph_flops
 from .passes.lower import Treatment, kept_state, site_caches
@@ -51,18 +52,19 @@ class Footprint:
 
     @property
     def ring(self) -> int:
-        """Device memory that caches pass through, where any come from the host."""
-        return self.slot * min(DEPTH, len(self.movable))
+        """Device memory that caches pass through. It is left free where all fits too: blocks compiled one by one come
+        one by one, and the last of them needs it."""
+        return self.slot * DEPTH
 
     @property
     def stream(self) -> int:
         """All of one stream, wherever it lies."""
         return self.fixed + sum(self.movable.values())
 
-    def place(self, room: int, room_beside_ring: int) -> frozenset[int] | None:
-        """Sites whose caches go to the host, so that the rest of a stream fits `room` (or `room_beside_ring`, if there
-        are any): as few as do it, spread over the depth so that copies find compute beside them; attention first, which
-        only a refresh writes. None where nothing does it."""
+    def place(self, room: int) -> frozenset[int] | None:
+        """Sites whose caches go to the host, so that the rest of a stream fits `room`: as few as do it, spread over the
+        depth so that copies find compute beside them; attention first, which only a refresh writes. None where nothing
+        does it."""
         held = self.stream
         if held <= room:
             return frozenset()
@@ -71,7 +73,7 @@ class Footprint:
             tier = [number for number in self.movable if self.kinds[number] == kind]
             for count in range(1, len(tier) + 1):
                 chosen = hosted + [tier[i] for i in spread(count, len(tier))]
-                if held - sum(map(self.movable.__getitem__, chosen)) <= room_beside_ring:
+                if held - sum(map(self.movable.__getitem__, chosen)) <= room:
                     return frozenset(chosen)
             hosted += tier
         return None
@@ -97,14 +99,13 @@ def place(footprint: Footprint, budget: int, streams: int | None, held: Held, ne
     streams: how many share the budget; where that is not known, the first leaves room for one more that lies in host
     memory. new_shared: shared bytes that this state brings. ring: bytes of its ring, 0 where it is there already.
     """
-    left = budget - held.shared - held.stream - held.others - new_shared
-    room, beside = left, left - ring
+    for_streams = budget - held.shared - new_shared - ring
+    room = for_streams - held.stream - held.others
     if streams is not None:
-        share = (budget - held.shared - new_shared) // streams - held.stream
-        room, beside = min(room, share), min(beside, share - ring // streams)
+        room = min(room, for_streams // streams - held.stream)
     elif not held.others and footprint.movable:
-        room = beside = left - ring - footprint.fixed
-    return footprint.place(room, beside)
+        room -= footprint.fixed
+    return footprint.place(room)
 
 
 class Ledger:
@@ -113,9 +114,22 @@ class Ledger:
     def __init__(self) -> None:
         self._shared: weakref.WeakSet = weakref.WeakSet()
         self._streams: weakref.WeakSet = weakref.WeakSet()
+        self.streams: weakref.WeakSet = weakref.WeakSet()  # those that hold any of it
+
+    def evict(self, beginning: Stream) -> bool:
+        """Frees what streams hold that are past their first step, for one that begins: another picture size, say, with
+        the same prompt. Those at their first step may be its partners in guidance."""
+        past = [stream for stream in self.streams if stream is not beginning and stream.states and stream.step > 0]
+        for stream in past:
+            stream.states.clear()
+        return bool(past)
 
     def add(self, holder, shared: bool = False) -> None:
         (self._shared if shared else self._streams).add(holder)
+
+    def shared(self, kind: type) -> list:
+        """What is held for all streams, of one kind."""
+        return [holder for holder in self._shared if isinstance(holder, kind)]
 
     def held(self, mine: Sequence[object]) -> Held:
         """mine: what the stream that asks holds."""

@@ -10,6 +10,7 @@ import torch
 
 from . import host_memory, telemetry
 from .budget import ALIGN, Footprint, Ledger, footprint, place
+from .kernels import transfer
 from .passes.lower import StateTensor, site_caches
 from .passes.offload import DEPTH
 from .state import State, allocate
@@ -19,18 +20,29 @@ if TYPE_CHECKING:
 
 
 class Ring:
-    """Slots on the device, each as large as the largest site's caches. It lives as long as state that uses it."""
+    """Slots on the device that the sites of a model take by turns. It lives as long as state that uses it."""
 
-    def __init__(self, device: torch.device, slots: int, nbytes: int) -> None:
-        with torch.inference_mode(False):
-            self._slots = [torch.empty(nbytes, dtype=torch.uint8, device=device) for _ in range(slots)]
-        self.bytes = slots * nbytes
+    state_bytes = property(lambda self: self.bytes)
+    host_state_bytes = 0
+
+    def __init__(self, device: torch.device, slot: int) -> None:
+        self.device, self.slot, self.bytes = device, slot, DEPTH * slot
+        self._turns = 0
         self._last_used: torch.cuda.Stream | None = None
+        with torch.inference_mode(False):
+            self._slots = [torch.empty(slot, dtype=torch.uint8, device=device) for _ in range(DEPTH)]
+        for memory in self._slots:  # what was fetched to where it lies is gone
+            transfer.lane(device).forget(memory)
         telemetry.holders.add(self)
+
+    def turn(self) -> int:
+        """Whose turn comes next: blocks compiled one by one take slots in the order in which they are called."""
+        self._turns += 1
+        return self._turns
 
     def views(self, turn: int, specs: Sequence[StateTensor]) -> list[torch.Tensor]:
         """A site's caches in the slot of its turn, one behind the other."""
-        slot, at, views = self._slots[turn % len(self._slots)], 0, []
+        slot, at, views = self._slots[turn % DEPTH], 0, []
         with torch.inference_mode(False):
             for spec in specs:
                 part = slot[at : at + spec.bytes].view(spec.dtype)
@@ -40,15 +52,11 @@ class Ring:
 
     def follow(self) -> None:
         """Before a program: one that was launched on another CUDA stream may still read the slots."""
-        device = self._slots[0].device
-        if device.type == "cuda":
-            stream = torch.cuda.current_stream(device)
+        if self.device.type == "cuda":
+            stream = torch.cuda.current_stream(self.device)
             if self._last_used is not None and self._last_used != stream:
                 stream.wait_stream(self._last_used)
             self._last_used = stream
-
-    state_bytes = property(lambda self: self.bytes)
-    host_state_bytes = 0
 
     def release(self) -> None:
         """It goes with the state that uses it."""
@@ -59,7 +67,6 @@ class Offload:
 
     def __init__(self, plan: Plan, budget: int | None, streams: int | None) -> None:
         self._plan, self._budget, self._streams = plan, budget, streams
-        self._ring: weakref.ref[Ring] | None = None
         self._footprint: Footprint | None = None
         if budget is not None:
             self._footprint = footprint(plan.treatments, plan.movable, plan.canonical)
@@ -72,7 +79,7 @@ class Offload:
         """
         if self._footprint is None:
             return frozenset()
-        size, ring = self._footprint, self._ring() if self._ring is not None else None
+        size, ring = self._footprint, self._ring(ledger)
         shared = size.shared if new_shared else 0
         hosted = place(size, self._budget, self._streams, ledger.held(mine), shared, 0 if ring else size.ring)
         if hosted and sum(map(size.movable.__getitem__, hosted)) > host_memory.available_bytes():
@@ -81,12 +88,14 @@ class Offload:
 
     def allocate(self, specs: Sequence[StateTensor], fits, hosted: Collection[int], ledger: Ledger) -> State:
         """The state of one stream. specs: its tensors, in the order in which programs take them."""
-        borrowed, homes, buffers = {}, {}, []
-        ring = self._take_ring(specs[0].device, ledger) if hosted else None
+        ring, borrowed, homes, buffers = None, {}, {}, []
+        if hosted:
+            ring = self._ring(ledger) or self._make_ring(ledger)
+        first = ring.turn() if ring and len(self._plan.movable) == 1 else 0
         for turn, number in enumerate(self._plan.movable):
             if number in hosted:
                 caches = site_caches(number, self._plan.treatments[number])
-                borrowed |= zip((spec.name for spec in caches), ring.views(turn, caches))
+                borrowed |= zip((spec.name for spec in caches), ring.views(first + turn, caches))
                 tensors, taken = host_memory.take(caches)
                 homes |= zip((spec.name for spec in caches), tensors)
                 buffers += taken
@@ -96,15 +105,28 @@ class Offload:
             for spec in site_caches(number, self._plan.treatments[number]):
                 state.homes.append(placed[spec.name])
         state.ring, state.host_bytes = ring, sum(buffer.nbytes for buffer in buffers)
+        if ring and len(self._plan.movable) == 1:
+            state.alone = list(homes.values()), list(borrowed.values())
         if buffers:
             weakref.finalize(state, host_memory.give_back, buffers)
         ledger.add(state)
         return state
 
-    def _take_ring(self, device: torch.device, ledger: Ledger) -> Ring:
-        ring = self._ring() if self._ring is not None else None
-        if ring is None:
-            ring = Ring(device, min(DEPTH, len(self._plan.movable)), self._footprint.slot)
-            self._ring = weakref.ref(ring)
-            ledger.add(ring, shared=True)
+    def _ring(self, ledger: Ledger) -> Ring | None:
+        """One of the model's that has room for this graph's sites."""
+        device = self._plan.treatments[0].site.node.meta["val"].device if self._plan.treatments else None
+        fitting = (r for r in ledger.shared(Ring) if r.slot >= self._footprint.slot and r.device == device)
+        return next(fitting, None)
+
+    def _make_ring(self, ledger: Ledger) -> Ring:
+        ring = Ring(self._plan.treatments[0].site.node.meta["val"].device, self._footprint.slot)
+        ledger.add(ring, shared=True)
         return ring
+
+
+def prefetch(state: State | None) -> None:
+    """Begins to bring the caches of a block's only site, while the block before it computes."""
+    if state is not None and state.alone is not None and state.filled:
+        home, caches = state.alone
+        state.ring.follow()
+        transfer.begin(home, caches)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from .config import Config
 from .evidence import read_evidence
 from .forecast import History
 from .models import Owners, Root
+from .offloading import prefetch
 from .passes.reasons import Reason
 from .plan import Analysis, Inputs, make_plan
 from .programs import Compiler, Programs, is_disabled
@@ -209,7 +211,7 @@ class Runner(_Called):
             telemetry.count("misjudged")
         if state is None or state.fits != fits:
             states.pop(key, None)
-            state = self._allocate(programs, owner, states, fits)
+            state = self._allocate(programs, owner, tick, fits)
             if state is None:
                 return self._stay_dense(programs, owner, args)
             states[key] = state
@@ -271,18 +273,24 @@ class Runner(_Called):
         owner.root.end_call(self._analysis.layers)
         return outputs
 
-    def _allocate(self, programs: Programs, owner: Owner, states: dict, fits: tuple) -> State | None:
+    def _allocate(self, programs: Programs, owner: Owner, tick: Tick, fits: tuple) -> State | None:
         """State for one more owner in a stream, within the memory budget; None where nothing is left of that."""
-        ledger = owner.root.ledger
+        ledger, states = owner.root.ledger, tick.stream.states
         hosted = programs.offload.place(ledger, list(states.values()), not owner.has_weights)
+        if hosted is None and tick.step == 0 and ledger.evict(tick.stream):
+            hosted = programs.offload.place(ledger, list(states.values()), not owner.has_weights)
         if hosted is None:
             if not self._said_over_budget:
                 self._said_over_budget = True
                 log.warning("%s (%s bytes): calls stay dense", Reason.OVER_BUDGET.value, self._config.memory_budget)
             return None
         state = programs.offload.allocate(programs.scope("stream"), fits, hosted, ledger)
+        before = [held for held in states.values() if isinstance(held, State)]
+        if before:
+            before[-1].follower = weakref.ref(state)
         state.weights = owner.weights(programs.scope("weights"))
         ledger.add(state.weights, shared=True)
+        ledger.streams.add(tick.stream)
         return state
 
     def _is_too_short(self, tick: Tick) -> bool:
@@ -296,6 +304,8 @@ class Runner(_Called):
 
     def _run_program(self, program: Program, programs: Programs, state: State, args: Sequence):
         state.filled = False  # until the program has run: one that fails half way leaves nothing to build on
+        if program is Program.DELTA and state.follower is not None:
+            prefetch(state.follower())
         # A graph without sites is here for its forecasts.
         outputs = programs.run(program, args, state) if programs.state else programs.run(Program.DENSE, args)
         state.filled = True

@@ -35,7 +35,18 @@ Tensors = Sequence[torch.Tensor]
 
 
 class Plain:
-    """Copies on a CPU: done when they return."""
+    """Copies on a CPU: done when they return.
+
+    `fetched` knows what a slot holds, by address: the home that it is equal to. A site fetched ahead of its program is
+    then not fetched again.
+    """
+
+    def __init__(self) -> None:
+        self.fetched: dict[int, int] = {}
+
+    def forget(self, cache: torch.Tensor) -> None:
+        """The slot's content changes."""
+        self.fetched.pop(cache.data_ptr(), None)
 
     def fetch(self, home: Tensors, caches: Tensors) -> None:
         _copy(caches, home)
@@ -47,10 +58,11 @@ class Plain:
         pass
 
 
-class Lane:
+class Lane(Plain):
     """Copies between one CUDA device and the host, beside what it computes."""
 
     def __init__(self, device: torch.device) -> None:
+        super().__init__()
         self._stream = torch.cuda.Stream(device)
         # By the address of a cache: after the last copy from or into it. Addresses are few: a ring's, used again.
         self._copied: dict[int, torch.cuda.Event] = {}
@@ -95,28 +107,41 @@ def lane(device: torch.device) -> Plain | Lane:
 
 def fetch(home: Tensors, caches: Tensors, order: torch.Tensor, after: torch.Tensor | None) -> None:
     """Begins to fill `caches`, on the device, from their `home`."""
-    if _is_away(home, caches):
-        lane(caches[0].device).fetch(home, caches)
+    begin(home, caches)
 
 
-def arrive(caches: Tensors, order: torch.Tensor, after: torch.Tensor | None) -> None:
-    """What is launched from here on reads what was fetched into `caches`, and may write what was stored from them."""
-    lane(caches[0].device).arrive(caches)
+def begin(home: Tensors, caches: Tensors) -> None:
+    """As `fetch`, for a caller that needs no order; nothing is done where the caches were fetched already."""
+    copies, slot, source = lane(caches[0].device), caches[0].data_ptr(), home[0].data_ptr()
+    if source not in (slot, copies.fetched.get(slot)):
+        copies.forget(caches[0])
+        copies.fetch(home, caches)
+        copies.fetched[slot] = source
+
+
+def arrive(caches: Tensors, order: torch.Tensor, after: torch.Tensor | None, written: bool) -> None:
+    """What is launched from here on reads what was fetched into `caches`, and may write what was stored from them.
+
+    written: by what follows.
+    """
+    copies = lane(caches[0].device)
+    copies.arrive(caches)
+    if written:
+        copies.forget(caches[0])
 
 
 def store(caches: Tensors, home: Tensors, order: torch.Tensor) -> None:
     """Begins to write `caches` to their `home`."""
-    if _is_away(home, caches):
-        lane(caches[0].device).store(caches, home)
+    slot, target = caches[0].data_ptr(), home[0].data_ptr()
+    if slot != target:
+        copies = lane(caches[0].device)
+        copies.store(caches, home)
+        copies.fetched[slot] = target
 
 
 def keep(cache: torch.Tensor, value: torch.Tensor) -> None:
     """cache.copy_(value)."""
     cache.copy_(value)
-
-
-def _is_away(home: Tensors, caches: Tensors) -> bool:
-    return home[0].data_ptr() != caches[0].data_ptr()
 
 
 def _copy(targets: Tensors, sources: Tensors) -> None:
@@ -179,7 +204,7 @@ def _say_unpinned(error: str) -> None:
 
 _SCHEMAS = (
     "fetch(Tensor[] home, Tensor(a!)[] caches, Tensor(b!) order, Tensor? after) -> ()",
-    "arrive(Tensor(a!)[] caches, Tensor(b!) order, Tensor? after) -> ()",
+    "arrive(Tensor(a!)[] caches, Tensor(b!) order, Tensor? after, bool written) -> ()",
     "store(Tensor[] caches, Tensor(a!)[] home, Tensor(b!) order) -> ()",
     "keep(Tensor(a!) cache, Tensor value) -> ()",
 )

@@ -73,8 +73,9 @@ def offload(
         else:
             before = sites[turn - DEPTH]
             site.fetch(before.last, before.uses[-1])
-        site.arrive()
-        if program == "refresh" or any(_writes(use, site.caches) for use in site.uses):
+        written = program == "refresh" or any(_writes(use, site.caches) for use in site.uses)
+        site.arrive(written)
+        if written:
             site.store()
     return clean(gm)
 
@@ -101,12 +102,12 @@ class _Moved:
         with self._graph.inserting_after(behind):
             self._graph.call_function(chipmunk.fetch.default, (self._home, self.caches, self._order, after))
 
-    def arrive(self) -> None:
+    def arrive(self, written: bool) -> None:
         use = self.uses[0]
         made = [node for node in use.all_input_nodes if node.op != "placeholder"]
         after = made[0] if made else None  # what the op waits for in any case
         with self._graph.inserting_before(use):
-            self._graph.call_function(chipmunk.arrive.default, (self.caches, self._order, after))
+            self._graph.call_function(chipmunk.arrive.default, (self.caches, self._order, after, written))
 
     def store(self) -> None:
         with self._graph.inserting_after(self.last):

@@ -27,6 +27,7 @@ class Late(transfer.Plain):
     """Copies that begin as late as they may: when something waits for them, those before them first."""
 
     def __init__(self):
+        super().__init__()
         self.waiting = []
 
     def fetch(self, home, caches):
