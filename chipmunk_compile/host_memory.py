@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import threading
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -19,6 +19,8 @@ from .passes.lower import StateTensor
 
 _lock = threading.Lock()
 _waiting: dict[int, list[torch.Tensor]] = defaultdict(list)  # by bytes; uint8, on pages of their own
+# Given back and not yet sorted in: state dies whenever the garbage collector runs, maybe while the lock is held.
+_returned: deque[torch.Tensor] = deque()
 
 
 def take(specs: Sequence[StateTensor]) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
@@ -30,14 +32,13 @@ def take(specs: Sequence[StateTensor]) -> tuple[list[torch.Tensor], list[torch.T
 
 
 def give_back(buffers: Sequence[torch.Tensor]) -> None:
-    with _lock:
-        for buffer in buffers:
-            _waiting[buffer.nbytes].append(buffer)
+    _returned.extend(buffers)
 
 
 def waiting_bytes() -> int:
     """Bytes that no state holds."""
     with _lock:
+        _sort_in()
         return sum(nbytes * len(buffers) for nbytes, buffers in _waiting.items())
 
 
@@ -71,6 +72,7 @@ def free() -> None:
 
 def _buffer(nbytes: int) -> torch.Tensor:
     with _lock:
+        _sort_in()
         if _waiting[nbytes]:
             return _waiting[nbytes].pop()
         _free()
@@ -79,7 +81,14 @@ def _buffer(nbytes: int) -> torch.Tensor:
         return raw[-raw.data_ptr() % PAGE :][:nbytes]
 
 
+def _sort_in() -> None:
+    while _returned:
+        buffer = _returned.popleft()
+        _waiting[buffer.nbytes].append(buffer)
+
+
 def _free() -> None:
+    _sort_in()
     buffers = [buffer for some in _waiting.values() for buffer in some]
     _waiting.clear()
     if buffers and torch.cuda.is_initialized():

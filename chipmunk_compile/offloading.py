@@ -26,13 +26,13 @@ class Ring:
     host_state_bytes = 0
 
     def __init__(self, device: torch.device, slot: int) -> None:
-        self.device, self.slot, self.bytes = device, slot, DEPTH * slot
-        self._turns = 0
-        self._last_used: torch.cuda.Stream | None = None
         with torch.inference_mode(False):
             self._slots = [torch.empty(slot, dtype=torch.uint8, device=device) for _ in range(DEPTH)]
+        self.device, self.slot, self.bytes = self._slots[0].device, slot, DEPTH * slot
+        self._turns = 0
+        self._last_used: torch.cuda.Stream | None = None
         for memory in self._slots:  # what was fetched to where it lies is gone
-            transfer.lane(device).forget(memory)
+            transfer.lane(self.device).forget(memory)
         telemetry.holders.add(self)
 
     def turn(self) -> int:
