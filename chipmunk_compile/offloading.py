@@ -106,7 +106,7 @@ class Offload:
                 state.homes.append(placed[spec.name])
         state.ring, state.host_bytes = ring, sum(buffer.nbytes for buffer in buffers)
         if ring and len(self._plan.movable) == 1:
-            state.alone = list(homes.values()), list(borrowed.values())
+            state.alone = list(borrowed.values()), list(homes.values())
         if buffers:
             weakref.finalize(state, host_memory.give_back, buffers)
         ledger.add(state)
@@ -127,6 +127,6 @@ class Offload:
 def prefetch(state: State | None) -> None:
     """Begins to bring the caches of a block's only site, while the block before it computes."""
     if state is not None and state.alone is not None and state.filled:
-        home, caches = state.alone
+        caches, home = state.alone
         state.ring.follow()
-        transfer.begin(home, caches)
+        transfer.begin(caches, home)

@@ -30,7 +30,7 @@ class State:
     # Where a site's caches lie between uses, for those that may move: in host memory, or as they are in `tensors`.
     homes: list[torch.Tensor] = field(default_factory=list)
     ring: Any = None  # what `tensors` of sites in host memory are part of (`offloading.Ring`)
-    alone: tuple[list, list] | None = None  # (homes, caches) of the graph's only site that may move, if it has moved
+    alone: tuple[list, list] | None = None  # (caches, homes) of the graph's only site that may move, if it has moved
     follower: weakref.ref[State] | None = None  # of the block that was called next in its first forward
     bytes: int = 0  # on the device, its own
     host_bytes: int = 0

@@ -48,7 +48,7 @@ class Plain:
         """The slot's content changes."""
         self.fetched.pop(cache.data_ptr(), None)
 
-    def fetch(self, home: Tensors, caches: Tensors) -> None:
+    def fetch(self, caches: Tensors, home: Tensors) -> None:
         _copy(caches, home)
 
     def store(self, caches: Tensors, home: Tensors) -> None:
@@ -67,7 +67,7 @@ class Lane(Plain):
         # By the address of a cache: after the last copy from or into it. Addresses are few: a ring's, used again.
         self._copied: dict[int, torch.cuda.Event] = {}
 
-    def fetch(self, home: Tensors, caches: Tensors) -> None:
+    def fetch(self, caches: Tensors, home: Tensors) -> None:
         self._copy(caches, home, caches)
 
     def store(self, caches: Tensors, home: Tensors) -> None:
@@ -105,17 +105,17 @@ def lane(device: torch.device) -> Plain | Lane:
         return _lanes[device.index]
 
 
-def fetch(home: Tensors, caches: Tensors, order: torch.Tensor, after: torch.Tensor | None) -> None:
+def fetch(caches: Tensors, home: Tensors, order: torch.Tensor, after: torch.Tensor | None) -> None:
     """Begins to fill `caches`, on the device, from their `home`."""
-    begin(home, caches)
+    begin(caches, home)
 
 
-def begin(home: Tensors, caches: Tensors) -> None:
+def begin(caches: Tensors, home: Tensors) -> None:
     """As `fetch`, for a caller that needs no order; nothing is done where the caches were fetched already."""
     copies, slot, source = lane(caches[0].device), caches[0].data_ptr(), home[0].data_ptr()
     if source not in (slot, copies.fetched.get(slot)):
         copies.forget(caches[0])
-        copies.fetch(home, caches)
+        copies.fetch(caches, home)
         copies.fetched[slot] = source
 
 
@@ -202,8 +202,9 @@ def _say_unpinned(error: str) -> None:
 
 # --- definitions ---
 
+# Caches come first: a compiler takes an op to run on the device of its first tensor.
 _SCHEMAS = (
-    "fetch(Tensor[] home, Tensor(a!)[] caches, Tensor(b!) order, Tensor? after) -> ()",
+    "fetch(Tensor(a!)[] caches, Tensor[] home, Tensor(b!) order, Tensor? after) -> ()",
     "arrive(Tensor(a!)[] caches, Tensor(b!) order, Tensor? after, bool written) -> ()",
     "store(Tensor[] caches, Tensor(a!)[] home, Tensor(b!) order) -> ()",
     "keep(Tensor(a!) cache, Tensor value) -> ()",

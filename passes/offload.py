@@ -100,7 +100,7 @@ class _Moved:
 
     def fetch(self, behind: fx.Node, after: fx.Node | None) -> None:
         with self._graph.inserting_after(behind):
-            self._graph.call_function(chipmunk.fetch.default, (self._home, self.caches, self._order, after))
+            self._graph.call_function(chipmunk.fetch.default, (self.caches, self._home, self._order, after))
 
     def arrive(self, written: bool) -> None:
         use = self.uses[0]

@@ -56,11 +56,11 @@ def compiled(budget, options=SPARSE, **more):
 def _fail_at_the(call):
     fetch, calls = type(transfer._plain).fetch, []
 
-    def failing(self, home, caches):
+    def failing(self, caches, home):
         calls.append(home)
         if len(calls) == call:
             raise RuntimeError("half way")
-        fetch(self, home, caches)
+        fetch(self, caches, home)
 
     return failing
 
@@ -178,9 +178,9 @@ def test_a_block_s_state_comes_while_the_block_before_it_computes(monkeypatch):
     events = []
 
     class Recording(transfer.Plain):
-        def fetch(self, home, caches):
+        def fetch(self, caches, home):
             events.append("f")
-            super().fetch(home, caches)
+            super().fetch(caches, home)
 
         def arrive(self, caches):
             events.append("a")

@@ -30,7 +30,7 @@ class Late(transfer.Plain):
         super().__init__()
         self.waiting = []
 
-    def fetch(self, home, caches):
+    def fetch(self, caches, home):
         self.waiting.append((caches[0].data_ptr(), lambda: transfer._copy(caches, home)))
 
     def store(self, caches, home):
