@@ -49,7 +49,7 @@ def report(model: torch.nn.Module, subject: Subject, budget: str | None) -> chip
 def row(subject: Subject, budget: str | None, found: chipmunk_compile.Report, bytes_per_s: float) -> tuple[str, ...]:
     streams = subject.calls
     taken = [site for site in found.sites if site.accelerated]
-    over = sum(site.reason in (chipmunk_compile.Reason.OVER_BUDGET,) for site in found.sites)
+    over = sum(site.reason is chipmunk_compile.Reason.OVER_BUDGET for site in found.sites)
     copied = streams * sum(site.host_bytes * (2 if site.kind == "mlp" else 1) for site in taken)
     device = streams * (found.state_bytes - found.host_bytes) + found.ring_bytes
     compute = streams * sum(graph.delta_flops for graph in found.graphs) / LINKS["cuda"].flops_per_s

@@ -1,7 +1,7 @@
 """Host memory for state: taken when a stream is laid out, locked when it is first written, kept for the next stream.
 
-Locking pages costs seconds for every 10 GB, so a buffer that a generation gave back waits for the next one. What waits
-is freed by `reset()`, and when a size is asked for that nothing waits for: another resolution then, or another model.
+Locking pages takes time, so a buffer that a generation gave back waits for the next one. What waits is freed by
+`reset()`, and when a size is asked for that nothing waits for: another resolution then, or another model.
 """
 
 from __future__ import annotations

@@ -158,15 +158,15 @@ def _flat(tensor: torch.Tensor) -> torch.Tensor:
 # --- host memory that a device copies from and to by itself ---
 
 
-# By address: whether it could be locked. torch's own pinned memory comes in powers of two: 1.07 GB for 0.73 GB.
+# By address: whether it could be locked. torch's own pinned memory comes in powers of two, 1.07 GB for 0.73 GB.
 _tried: dict[int, bool] = {}
 
 
 def pin(home: torch.Tensor, device: torch.device) -> None:
     """Locks the pages of `home` into memory, unless that was done: when it is first stored, a tensor at a time.
 
-    Pages are touched and locked at a few GB/s, while the device computes the layers before. `home` begins on a page,
-    and has its pages for itself. Memory that cannot be locked is copied all the same, but the host waits for each copy.
+    Meanwhile the device computes the layers before. `home` begins on a page, and has its pages for itself. Memory that
+    cannot be locked is copied all the same, but the host waits for each copy.
     """
     address = home.data_ptr()
     if address in _tried:

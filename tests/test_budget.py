@@ -120,7 +120,7 @@ def test_a_stream_more_than_expected_finds_room_in_host_memory():
 
 
 def test_state_that_costs_more_to_copy_than_it_saves_is_given_up():
-    """FLUX: an MLP's caches take 8 ms to come and go, and save 0.7."""
+    """FLUX: an MLP's caches take longer to come and go than the neurons that they spare."""
     canonical, treatments = flux()
     found = fitted((canonical, treatments), memory_budget="6GB")
     assert not found.hosted and device_bytes(found, canonical) <= 6 * GB
