@@ -148,7 +148,8 @@ def test_release_frees_the_device_and_reset_the_host(model):
     torch.cuda.empty_cache()
     before = torch.cuda.memory_allocated()
     run(fast, loop)
-    assert chipmunk_compile.counters()["state_bytes"] == 0 and torch.cuda.memory_allocated() == before
+    assert chipmunk_compile.counters()["state_bytes"] == 0
+    assert abs(torch.cuda.memory_allocated() - before) < 1 << 20
     assert host_memory.waiting_bytes() > 0 and all(transfer._tried.values())
     chipmunk_compile.reset()
     assert host_memory.waiting_bytes() == 0 and not transfer._tried
