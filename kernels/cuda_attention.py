@@ -141,9 +141,9 @@ def _mostly_open(
 ) -> tuple[torch.Tensor, torch.Tensor] | None:
     """Dense attention under a boolean mask that is expected to be open from key `start` to `stop`, and its log-sum-exp.
 
-    A mask keeps SDPA off its fast kernels. They run on the keys expected to be open, the portable kernel on the rest, and
-    the two are merged. No size depends on what the mask holds. A batch item whose mask is not as expected is computed by
-    the portable kernel; where there is none, that only copies.
+    A mask keeps SDPA off its fast kernels. They run on the keys expected to be open, the portable kernel on the rest,
+    and the two are merged. No size depends on what the mask holds. A batch item whose mask is not as expected is
+    computed by the portable kernel; where there is none, that only copies.
     """
     fused = _fused(query, key[:, :, start:stop], value[:, :, start:stop], scale)
     if fused is None:
