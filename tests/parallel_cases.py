@@ -47,7 +47,7 @@ def programs_as_they_are():
     """Programs run as they are, without Inductor."""
     with (
         patch("chipmunk_compile.programs.compile_graph", lambda graph, args, config: graph),
-        patch("chipmunk_compile.backend._inductor", lambda gm, inputs, config: gm.forward),
+        patch("chipmunk_compile.backend.inductor_program", lambda gm, inputs, config: gm.forward),
     ):
         yield
 
