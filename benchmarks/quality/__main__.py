@@ -75,6 +75,7 @@ def main(arguments: list[str] | None = None) -> None:
 def quick(args: argparse.Namespace) -> None:
     (args.steps,) = args.steps
     torch.manual_seed(0)
+    frontier.allow_many_programs()
     model = sampling.load_model()
     dense = torch.compile(model)
     conditioning = sampling.prepare(list(sampling.CAPTIONS[:BATCH]), model)

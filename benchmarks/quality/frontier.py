@@ -185,11 +185,16 @@ class Bench:
             torch.cuda.synchronize()
 
 
+def allow_many_programs() -> None:
+    """Every setting is a program of the same code, and Dynamo runs eagerly after eight of those."""
+    torch._dynamo.config.recompile_limit = 512
+    torch._dynamo.config.accumulated_recompile_limit = 4096
+
+
 def run(args: argparse.Namespace) -> Path:
     """All methods, unless time runs out; a method that fails has a row that says so."""
     torch.manual_seed(0)
-    torch._dynamo.config.recompile_limit = 512  # every setting is a program of the same code
-    torch._dynamo.config.accumulated_recompile_limit = 4096
+    allow_many_programs()
     bench = Bench(args)
     with torch.no_grad():
         bench.look()
