@@ -217,6 +217,7 @@ class Report:
         listed = ", ".join(map(str, schedule.refresh_at or ())) or "no other"
         further = f"every {schedule.refresh_every}th" if schedule.refresh_at is None else f"at {listed}"
         lines.append(f"schedule   refresh at the first {schedule.warmup} steps and {further}; delta between")
+        lines += [f"forecast   {line}" for line in self._forecasts()]
         lines.append(f"work       a delta step does {self.delta_share:.0%} of a dense step's matrix work (predicted)")
         lines += [f"           {line}" for line in self._lengths()]
         lines.append(f"state      {self._state()}")
@@ -227,6 +228,17 @@ class Report:
             lines.append(f"ranks      {ranks} exchange tokens; before each call they agree on its program")
         lines += [f"{'capture' if i == 0 else '':<10} {line}" for i, line in enumerate(self.capture.lines())]
         return [f"  {line}" for line in lines]
+
+    def _forecasts(self) -> list[str]:
+        """Which steps are not computed; nothing if all are."""
+        every, tolerance = self.config.schedule.compute_every, self.config.forecast.tolerance
+        if tolerance is not None:
+            which = f"as many steps in a row as leave under {tolerance:.2%} of error in the latents"
+        elif every > 1:
+            which = f"all but one step in {every} after the first ones"
+        else:
+            return []
+        return [f"{which}; refreshes count computed steps"]
 
     def _state(self) -> str:
         text = f"{_bytes(self.state_bytes)} per stream, {_bytes(self.layer_bytes)} a layer"

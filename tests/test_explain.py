@@ -40,6 +40,17 @@ def test_few_tokens_are_left_dense_with_the_numbers_and_the_cure():
     assert "min_tokens" in found.to_text()
 
 
+def test_forecasts_are_said():
+    def lines(**options):
+        return [line.split(maxsplit=1)[1] for line in report(**options).to_text().splitlines() if "forecast " in line]
+
+    assert lines() == []
+    (every,) = lines(**{"schedule.compute_every": 3})
+    assert "one step in 3" in every and "refreshes count computed steps" in every
+    (tolerance,) = lines(**{"forecast.tolerance": 0.004})
+    assert "under 0.40% of error" in tolerance
+
+
 def test_switched_off_by_an_option():
     found = report(**{"mlp.sparsity": None})
     assert [s.reason for s in found.sites if s.kind == "mlp" and s.shapes == {} and "option" in s.detail] == [
