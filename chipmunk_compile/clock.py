@@ -20,7 +20,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from . import telemetry
-from .evidence import Evidence, Fingerprint, Inputs, Reader
+from .evidence import Evidence, Fingerprint, Inputs, Reader, Times
 
 # A step this many times longer than the one before is no step of the same schedule. Schedules in use stay below 2.
 TIME_LEAP = 4.0
@@ -45,6 +45,7 @@ class Stream:
     last: Evidence | None = None
     step: int = -1
     stride: float = 0.0  # last move of the time that was not zero; its sign is the direction
+    first: Times | None = None  # of the first step
     steady: set[int] | None = None  # positions that never changed in this stream
     history: list[dict[int, Fingerprint]] = field(default_factory=list)  # of each step, where content is compared
     settled: bool = False  # the inputs moved by small steps, once at least
@@ -57,6 +58,7 @@ class Stream:
     def restart(self, generation: int) -> None:
         """The stream of the next generation, in the same memory."""
         self.generation, self.last, self.steady, self.history, self.settled = generation, None, None, [], False
+        self.first = None
         self.programs.clear()
         for state in self.states.values():
             state.filled = False
@@ -70,7 +72,8 @@ class Stream:
 class Tick:
     """One forward of a model. `fresh`: state must be recomputed, whatever the schedule says. `time`: by the timestep,
     or by the step where that is not read. `repeats`: all that the clock sees is as it was in the call before.
-    `steps`: how many the generation has, if that was said; else the most that any of the last few had."""
+    `steps`: how many the generation has, if that was said; else the most that any of the last few had. `span`: how far
+    the time goes in the whole generation, where that is known; 0 if not."""
 
     stream: Stream
     step: int
@@ -78,6 +81,7 @@ class Tick:
     time: float
     repeats: bool = False
     steps: int | None = None
+    span: float = 0.0
 
 
 class Clock:
@@ -145,7 +149,7 @@ class InferredClock(Clock):
         """Where the forward that begins now belongs.
 
         inputs: tensors that the caller passed, timestep, parameters and buffers left out.
-        read(positions) -> (time, fingerprints): the timestep as a number, and a few numbers for each of the inputs
+        read(positions) -> (times, fingerprints): the timestep as numbers, and a few numbers for each of the inputs
         asked for (those not seen before). This is the one device read of a forward.
         """
         evidence = Evidence(inputs, self._on_death)
@@ -153,7 +157,7 @@ class InferredClock(Clock):
             evidence.prints.update({p: v for p, v in past.prints.items() if evidence.same_object(past, p)})
         unknown = [p for p in range(len(inputs)) if p not in evidence.prints]
         self.expected = self._expect(evidence)
-        evidence.time, prints = read(unknown)
+        evidence.times, prints = read(unknown)
         self.expected = None
         evidence.prints.update(prints)
 
@@ -180,11 +184,12 @@ class InferredClock(Clock):
         self._so_far = max(self._so_far, stream.step + 1)
         if stream.step == 1:
             self._spare.clear()
-        stream.last = evidence
+        stream.last, stream.first = evidence, stream.first or evidence.times
         self._memory.append(evidence)
         self.live.sort(key=lambda s: s is stream)  # the one called last comes last
         usual = max(self._lengths) if len(self._lengths) == SHORT_IN_A_ROW else None
-        self.now = Tick(stream, stream.step, fresh, evidence.time, repeats, usual)
+        span = evidence.way_since(stream.first)
+        self.now = Tick(stream, stream.step, fresh, evidence.time, repeats, usual, span)
         return self.now
 
     def finish(self) -> None:

@@ -39,7 +39,9 @@ class CountedClock(Clock):
             stream.history.append(evidence.prints)
         self._calls += 1
         # Content proves nothing before it was seen to stay or to move.
-        self.now = Tick(stream, step, fresh=step <= self.by_content, time=float(step), steps=self.steps)
+        self.now = Tick(
+            stream, step, fresh=step <= self.by_content, time=float(step), steps=self.steps, span=self.steps or 0
+        )
         return self.now
 
     def finish(self) -> None:

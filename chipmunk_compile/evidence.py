@@ -17,20 +17,30 @@ Inputs = Sequence[torch.Tensor]
 Fingerprint = tuple[float, ...]
 # Devices from which numbers come while the host goes on.
 ASYNCHRONOUS = {"cuda"}
-Reader = Callable[[Sequence[int]], tuple[float, dict[int, Fingerprint]]]
+Times = tuple[float, ...]  # of each candidate for the timestep
+Reader = Callable[[Sequence[int]], tuple[Times, dict[int, Fingerprint]]]
 
 
 class Evidence:
     """One call: its time, and for each input the object (weakly), its version and its fingerprint."""
 
     def __init__(self, inputs: Inputs, on_death: Callable[[int], Callable] | None = None) -> None:
-        self.time = math.nan
+        self.times: Times = (math.nan,)
         self.objects = [weakref.ref(t, on_death(p) if on_death else None) for p, t in enumerate(inputs)]
         self.versions = [_version(t) for t in inputs]
         self.prints: dict[int, Fingerprint] = {}
 
     def __len__(self) -> int:
         return len(self.objects)
+
+    @property
+    def time(self) -> float:
+        """Moves when the timestep does: candidates that never move (guidance scales) add what stays the same."""
+        return sum(self.times)
+
+    def way_since(self, first: Times) -> float:
+        """How far the time had to go at a first step, as timesteps end at 0: without the candidates that stayed."""
+        return abs(sum(then for then, now in zip(first, self.times) if then != now))
 
     def same_object(self, other: Evidence, position: int) -> bool:
         if position >= len(other) or position >= len(self):
@@ -92,18 +102,18 @@ def read_evidence(
     inputs: Inputs,
     positions: Sequence[int],
     meanwhile: Callable[[], None] | None = None,
-) -> tuple[float, dict[int, Fingerprint]]:
-    """The time as one number, and the fingerprints of the inputs at `positions`: all in one read from the device.
+) -> tuple[Times, dict[int, Fingerprint]]:
+    """The times as numbers, and the fingerprints of the inputs at `positions`: all in one read from the device.
 
-    times: candidates for the timestep. Their sum moves when the timestep does; those that never move do no harm.
+    times: candidates for the timestep. Those that never move do no harm.
     meanwhile: called where the host would wait for the device, and only there.
     """
-    plain = float(sum(t for t in times if not isinstance(t, torch.Tensor)))
+    plain = [float(t) for t in times if not isinstance(t, torch.Tensor)]
     parts = [t.double().mean().view(1) for t in times if isinstance(t, torch.Tensor)]
     timesteps = len(parts)
     parts += [fingerprint(inputs[p]) for p in positions]
     if not parts:
-        return plain, {}
+        return tuple(plain), {}
     # From the device where most lies: a part on the CPU goes there without waiting for it.
     device = next((p.device for p in parts if p.device.type != "cpu"), parts[0].device)
     numbers = torch.cat([p.to(device, non_blocking=True) for p in parts])
@@ -112,7 +122,7 @@ def read_evidence(
     for position, part in zip(positions, parts[timesteps:]):
         prints[position] = tuple(read[at : at + len(part)])
         at += len(part)
-    return plain + sum(read[:timesteps]), prints
+    return (*plain, *read[:timesteps]), prints
 
 
 def _read_beside(numbers: torch.Tensor, meanwhile: Callable[[], None]) -> list[float]:

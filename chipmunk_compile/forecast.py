@@ -65,10 +65,10 @@ class History:
             if self.judge is not None:
                 self.judge.begin()
 
-    def record(self, moment: float, outputs: Sequence[torch.Tensor], span: float | None = None) -> None:
+    def record(self, moment: float, outputs: Sequence[torch.Tensor], span: float = 0.0) -> None:
         """Keeps a copy: a program's outputs may lie in memory that its next run writes (CUDA graphs).
 
-        span: of the moments of a generation, if known.
+        span: of the moments of a generation, if known, else 0.
         """
         if self.judge is not None:
             known = len(self.moments) > self.options.order and self.moments[-1] != moment

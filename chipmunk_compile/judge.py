@@ -29,13 +29,12 @@ class Judge:
         self._gap, self._error = 0.0, None
         self._left, self._row = 0.0, 0  # of the forecasts since the last computed step
 
-    def weigh(self, moment: float, gap: float | None, error: torch.Tensor | None, span: float | None) -> None:
+    def weigh(self, moment: float, gap: float | None, error: torch.Tensor | None, span: float) -> None:
         """A step was computed, and the forecast over `gap` would have been wrong by `error`, a relative one [].
 
-        span: of the times of a generation, where it is known; else that of the first step is, as timesteps end at 0.
+        span: of the times of the generation; 0 where it is not known, and nothing is forecast.
         """
-        if not self.computed:
-            self._span = span or abs(moment) or 1.0
+        self._span = span
         self.computed += 1
         if error is not None:
             self._gap, self._error = gap, _Arriving(error)
@@ -43,7 +42,9 @@ class Judge:
 
     def allows(self, moment: float, gap: float) -> bool:
         """Whether this step may be forecast over `gap`; if so, it counts as forecast. Reads the last error."""
-        if self._error is None or not self._gap or self._row >= MOST:
+        if self._error is None or not self._gap or not self._span or self._row >= MOST:
+            return False
+        if moment == self._last:  # a time evaluated twice (Heun): errors over gaps say nothing of it
             return False
         expected = self._error.value * (gap / self._gap) ** (self.order + 1)
         left = self._left + expected * abs(moment - self._last) / self._span

@@ -235,7 +235,7 @@ class Runner(_Called):
         else:
             computed = self._run_beside(history, program, beside, programs, state, tick, args)
             outputs = history.repay(tick.time, computed)
-            history.record(tick.time, computed, tick.steps if owner.root.counted is not None else None)
+            history.record(tick.time, computed, tick.span)
         owner.root.end_call(self._analysis.layers)
         return outputs
 

@@ -27,7 +27,7 @@ class Caller:
     def __call__(self, time, *inputs):
         def read(positions):
             self.reads += 1
-            return time, {p: tuple(fingerprint(inputs[p]).tolist()) for p in positions}
+            return (time,), {p: tuple(fingerprint(inputs[p]).tolist()) for p in positions}
 
         tick = self.clock.tick(inputs, read)
         self.clock.finish()

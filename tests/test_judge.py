@@ -10,7 +10,7 @@ from chipmunk_compile.config import ForecastOptions
 from chipmunk_compile.forecast import History
 from chipmunk_compile.judge import MOST, Judge
 from tests.test_forecast import EXACT, SPARSE, acquainted, counts, linear
-from tests.toy_dit import SMALL, Loop, compile_toy, toy, worst
+from tests.toy_dit import SMALL, Loop, ToyDiT, compile_toy, toy, worst
 
 STEPS = 20
 
@@ -18,9 +18,9 @@ STEPS = 20
 def judged(error: float, tolerance: float = 0.01, order: int = 1) -> Judge:
     """Steps at 1.0, 0.9 and 0.8 were computed; the forecast of the last would have been wrong by `error`."""
     judge = Judge(tolerance, order)
-    judge.weigh(1.0, None, None, None)
-    judge.weigh(0.9, None, None, None)
-    judge.weigh(0.8, 0.1, torch.tensor(error), None)
+    judge.weigh(1.0, None, None, 0.0)
+    judge.weigh(0.9, None, None, 1.0)
+    judge.weigh(0.8, 0.1, torch.tensor(error), 1.0)
     return judge
 
 
@@ -45,7 +45,7 @@ def test_times_may_be_of_any_unit():
     for unit in (1.0, 1000.0):
         judge = Judge(0.01, 1)
         for moment, gap in ((1.0, None), (0.9, None), (0.8, 0.1)):
-            judge.weigh(unit * moment, gap and unit * gap, torch.tensor(0.1 / 5.001), None)
+            judge.weigh(unit * moment, gap and unit * gap, torch.tensor(0.1 / 5.001), unit)
         assert [judge.allows(unit * m, unit * (0.8 - m)) for m in (0.7, 0.6, 0.5)] == [True, True, False]
     counted = Judge(0.01, 1)
     for step in range(3):
@@ -55,11 +55,46 @@ def test_times_may_be_of_any_unit():
 
 def test_what_is_not_known_is_not_forecast():
     fresh = Judge(0.5, 1)
-    fresh.weigh(1.0, None, None, None)
+    fresh.weigh(1.0, None, None, 1.0)
     assert not fresh.allows(0.9, 0.1)
+    unknown = judged(0.0)
+    unknown.weigh(0.8, 0.1, torch.tensor(0.0), 0.0)
+    assert not unknown.allows(0.7, 0.1), "how far the time goes"
     assert allowed(judged(math.nan)) == 0 and allowed(judged(math.inf)) == 0
     moments = [0.8 - 0.01 * k for k in range(1, 20)]
     assert allowed(judged(0.0), moments) == MOST
+
+
+def test_a_time_evaluated_twice_is_not_forecast_from_itself():
+    """Heun's second evaluation is of other latents: reusing the first would be an error that nobody measured."""
+    judge = judged(0.0)
+    assert not judge.allows(0.8, 0.0)
+    assert judge.allows(0.7, 0.1) and not judge.allows(0.7, 0.1)
+
+
+class Guided(ToyDiT):
+    """forward(x, t, prompt, guidance [B]): a scale that is embedded as the timestep is, as in FLUX."""
+
+    def forward(self, x, t, prompt, guidance):
+        return super().forward(x, t, prompt) + 0.0 * (guidance.sin() + guidance.cos()).mean()
+
+
+@pytest.mark.usefixtures("uncompiled")
+def test_a_guidance_scale_is_no_part_of_the_way():
+    """It stays; were it counted, every step would be a smaller share of the way, and the tolerance a looser one."""
+    counted = {}
+    for scale in (0.0, 3.5, 1000.0):
+        torch._dynamo.reset()
+        chipmunk_compile.reset()
+        torch.manual_seed(0)
+        model = Guided().eval().requires_grad_(False)
+        compiled, _ = compile_toy(model, **EXACT, **{"forecast.tolerance": 3e-3})
+        guidance = torch.full((1,), scale)
+        with torch.no_grad():
+            for inputs in Loop(steps=STEPS):
+                compiled(*inputs, guidance)
+        counted[scale] = counts("forecast")
+    assert counted[0.0][0] > 3 and set(counted.values()) == {counted[0.0]}
 
 
 def test_damping_is_how_much_of_a_forecast_came_true():
