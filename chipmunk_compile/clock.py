@@ -99,8 +99,7 @@ class Clock:
 
     @property
     def host_state_bytes(self) -> int:
-        held = [state for stream in self.live for state in list(stream.states.values())]
-        return sum(getattr(state, "host_bytes", 0) for state in held)
+        return sum(state.host_bytes for stream in self.live for state in list(stream.states.values()))
 
     def release(self) -> None:
         """Frees all state; the next forward starts a generation."""

@@ -42,6 +42,7 @@ class History:
     judge: Judge | None = None
     damping: list[torch.Tensor] | None = None  # of what a forecast adds to the last outputs, [] each
     waiting: list[float] = field(default_factory=list)  # moments forecast since the last computed one
+    host_bytes = 0  # as states have it: none of this lies in host memory
 
     def __post_init__(self) -> None:
         if self.options.tolerance is not None:
@@ -64,6 +65,12 @@ class History:
             self.error = self.refreshed = self.damping = None
             if self.judge is not None:
                 self.judge.begin()
+
+    def keep(self, moment: float, computed: Sequence[torch.Tensor], span: float) -> Outputs:
+        """Outputs of a computed step as they are to be returned, after they were recorded as they were computed."""
+        outputs = self.repay(moment, computed)
+        self.record(moment, computed, span)
+        return outputs
 
     def record(self, moment: float, outputs: Sequence[torch.Tensor], span: float = 0.0) -> None:
         """Keeps a copy: a program's outputs may lie in memory that its next run writes (CUDA graphs).

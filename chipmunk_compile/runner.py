@@ -200,12 +200,8 @@ class Runner(_Called):
             if state is not None and early.is_of(tick, state):
                 state.filled = True
                 history = self._history(owner.root, states)
-                outputs = early.outputs
-                if history is not None:
-                    outputs = history.repay(tick.time, early.outputs)
-                    history.record(tick.time, early.outputs)
                 owner.root.end_call(self._analysis.layers)
-                return outputs
+                return early.outputs if history is None else history.keep(tick.time, early.outputs, tick.span)
             owner.misjudged += 1
             telemetry.count(early.program.value, -1)
             telemetry.count("misjudged")
@@ -234,8 +230,7 @@ class Runner(_Called):
             outputs = history.forecast(tick.time)
         else:
             computed = self._run_beside(history, program, beside, programs, state, tick, args)
-            outputs = history.repay(tick.time, computed)
-            history.record(tick.time, computed, tick.span)
+            outputs = history.keep(tick.time, computed, tick.span)
         owner.root.end_call(self._analysis.layers)
         return outputs
 

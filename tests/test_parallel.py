@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from tests import parallel_cases
-from tests.parallel_cases import CASES, COUNTED
+from tests.parallel_cases import CASES, COUNTED, Outcome
 from tests.two_ranks import run_cases
 
 gloo = torch.distributed.is_available() and torch.distributed.is_gloo_available()
@@ -15,7 +15,7 @@ BOTH = ["attention", "mlp"]
 @pytest.fixture(scope="module")
 def results():
     """Of all cases on both ranks: one start of two processes serves them all."""
-    return run_cases(CASES)
+    return run_cases(CASES, [Outcome])
 
 
 def of(results, name: str) -> list:
@@ -119,6 +119,6 @@ def test_tensor_parallel_weights_stay_dense(results):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["by_inductor", "by_inductor_in_boxes"])
 def test_collectives_compiled_by_inductor(name):
-    for result in of(run_cases({name: getattr(parallel_cases, name)}), name):
+    for result in of(run_cases({name: getattr(parallel_cases, name)}, [Outcome]), name):
         assert result.error < 1e-5 and result.counts["delta"] == 3
         assert result.reordered == (name == "by_inductor_in_boxes")

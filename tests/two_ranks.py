@@ -6,7 +6,7 @@ import os
 import socket
 import tempfile
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
 
@@ -23,18 +23,21 @@ PATIENCE = {"gloo": timedelta(seconds=120), "nccl": timedelta(seconds=400)}
 WITHOUT_MULTICAST = {"NCCL_NVLS_ENABLE": "0", "TORCH_SYMM_MEM_DISABLE_MULTICAST": "1", "NVSHMEM_DISABLE_NVLS": "1"}
 
 
-def run_cases(cases: Mapping[str, Callable[[int], object]], backend: str = "gloo") -> dict[str, list]:
+def run_cases(
+    cases: Mapping[str, Callable[[int], object]], returned: Sequence[type], backend: str = "gloo"
+) -> dict[str, list]:
     """For each case what it returned on each rank: `case(rank)`, one case after the other in the same processes.
 
-    backend: "gloo", or "nccl" with a GPU a rank. A case that raised is the text of its traceback; those after it are
-    missing.
+    returned: the classes of what cases return. backend: "gloo", or "nccl" with a GPU a rank. A case that raised is the
+    text of its traceback; those after it are missing.
     """
     with tempfile.TemporaryDirectory() as folder, socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
         probe.close()
         torch.multiprocessing.spawn(_run, (port, folder, dict(cases), backend), nprocs=RANKS)
-        by_rank = [torch.load(Path(folder) / str(rank), weights_only=False) for rank in range(RANKS)]
+        with torch.serialization.safe_globals(list(returned)):
+            by_rank = [torch.load(Path(folder) / str(rank), weights_only=True) for rank in range(RANKS)]
     return {name: [results[name] for results in by_rank] for name in by_rank[0] if all(name in r for r in by_rank)}
 
 
