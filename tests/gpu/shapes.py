@@ -3,6 +3,7 @@
     python -m tests.gpu.shapes                          every shape, with the forms that the tuning tables choose
     python -m tests.gpu.shapes --form 3 --output f.json   those of one form of the warp-specialised kernels
     python -m tests.gpu.shapes --part 2/4               every fourth shape, from the third on: sanitizers side by side
+    python -m tests.gpu.shapes --kind mlp               those of one op
 
 Prints a line for each shape; the exit status says whether all were right.
 """
@@ -159,10 +160,12 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--form", type=int, help="a place in forms()")
     parser.add_argument("--part", default="0/1", metavar="K/N", help="every Nth shape, from number K on")
+    parser.add_argument("--kind", choices=("attention", "mlp"), help="default: both")
     parser.add_argument("--output", type=Path, help="JSON: {shape: what was wrong, or nothing}")
     options = parser.parse_args()
     torch.manual_seed(torch.seed() % 2**32)
-    shapes = [*ATTENTION.items(), *MLP.items()]
+    kinds = {"attention": ATTENTION, "mlp": MLP}
+    shapes = [item for kind in ([options.kind] if options.kind else kinds) for item in kinds[kind].items()]
     overrides: contextlib.AbstractContextManager = contextlib.nullcontext()
     if options.form is not None:
         form = forms()[options.form]
