@@ -1,10 +1,11 @@
-"""How long until the first delta step, in a process of its own, against Inductor's first step.
+"""How long until every program has run, in a process of its own, against Inductor's first step.
 
     python -m benchmarks.start_up [--blocks 57] [--repeats 2] [--how whole|blocks]
 
 A FLUX transformer of FLUX.1's depth and tiny width: compile time depends on the depth. Whole and block by block
 (`compile_repeated_blocks`), cold (empty caches on disk) and warm (another process, twice). Each child process reports
-what it took from its first call to the end of the step; chipmunk's steps are two refreshes and a delta, all programs.
+what it took from its first call to the end of the last step. "deltas": chipmunk with sparse deltas, two refreshes and a
+delta step; "preset": as it comes, where a whole model's steps are dense or forecast, until the first forecast.
 Times are seconds of CPU, user and system, of the process and the compilers that it starts, and wall-clock seconds; the
 first hardly depend on what else the machine does. The two backends alternate.
 Writes benchmarks/results/start-up-<cpu>.json.
@@ -30,39 +31,44 @@ log = logging.getLogger("start_up")
 RESULTS = pathlib.Path(__file__).parent / "results"
 TOKENS, TEXT = 1024, 32
 STEPS = 8
-BACKENDS = ("inductor", "chipmunk")
+INDUCTOR, DELTAS, PRESET = METHODS = ("inductor", "deltas", "preset")
 
 
-def child(how: str, backend: str, blocks: int) -> dict[str, float]:
-    """What one process takes until a delta step has run (chipmunk), or a step (Inductor)."""
+def child(how: str, method: str, blocks: int) -> dict[str, float]:
+    """What one process takes until each program has run (chipmunk), or a step (Inductor)."""
     import torch
 
     torch.manual_seed(0)
     model, inputs = tiny_flux(blocks)
+    asked = {"backend": "inductor"} if method == INDUCTOR else {"backend": "chipmunk"}
+    if method == DELTAS:
+        asked["options"] = {"schedule.refresh_every": 5}
     if how == "whole":
-        model = torch.compile(model, backend=backend)
+        model = torch.compile(model, **asked)
     else:
-        model.compile_repeated_blocks(backend=backend)
+        model.compile_repeated_blocks(**asked)
     before = now()
     with torch.no_grad():
-        if backend == "inductor":
+        if method == INDUCTOR:
             call(model, inputs, 0)
         else:
-            until_delta(model, inputs)
+            until("forecast" if method == PRESET else "delta", model, inputs)
     cpu, wall = (after - start for after, start in zip(now(), before))
     return {"cpu_s": round(cpu, 2), "wall_s": round(wall, 2)}
 
 
-def until_delta(model, inputs: dict) -> None:
+def until(last: str, model, inputs: dict) -> None:
+    """Steps until one ran the program `last`."""
     import chipmunk_compile
 
     with chipmunk_compile.generation(model, steps=STEPS):
         for step in range(STEPS):
             call(model, inputs, step)
             counts = chipmunk_compile.counters()
-            if counts["delta"]:
+            if counts[last]:
                 break
-    if not (counts["refresh"] and counts["delta"]) or counts["dense"]:
+    ran = {name for name in ("dense", "refresh", "delta", "forecast") if counts[name]}
+    if ran != ({"refresh", "delta"} if last == "delta" else {"dense", "forecast"}):
         raise RuntimeError(f"not what is to be measured: {counts}")
 
 
@@ -95,14 +101,14 @@ def tiny_flux(blocks: int):
     }  # fmt: skip
 
 
-def run_child(how: str, backend: str, blocks: int, cache: str) -> dict[str, float]:
+def run_child(how: str, method: str, blocks: int, cache: str) -> dict[str, float]:
     environment = {
         **os.environ,
         "TORCHINDUCTOR_CACHE_DIR": os.path.join(cache, "inductor"),
         "XDG_CACHE_HOME": cache,
         "OMP_WAIT_POLICY": "PASSIVE",  # threads that wait for a core that another program has are not work
     }
-    command = [sys.executable, "-m", "benchmarks.start_up", "--child", how, backend, "--blocks", str(blocks)]
+    command = [sys.executable, "-m", "benchmarks.start_up", "--child", how, method, "--blocks", str(blocks)]
     printed = subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout
     return json.loads(printed.splitlines()[-1])
 
@@ -123,32 +129,34 @@ def main() -> None:
         rows += measure(how, args.blocks, args.repeats)
     write(rows)
     for row in rows:
-        plain, ours = row["inductor"]["cpu_s"], row["chipmunk"]["cpu_s"]
         ratios = f"{row['cpu_ratio']:.2f}x of CPU, {row['wall_ratio']:.2f}x of wall"
-        print(f"{row['how']:<8}{row['caches']:<6} Inductor {plain:7.1f} s   chipmunk {ours:7.1f} s   {ratios}")
+        seconds = f"{row['inductor']['cpu_s']:7.1f} s of Inductor, {row['chipmunk']['cpu_s']:7.1f} s"
+        print(f"{row['how']:<8}{row['method']:<8}{row['caches']:<6}{seconds}   {ratios}")
 
 
 def measure(how: str, blocks: int, repeats: int) -> list[dict]:
-    """A row for cold and one for warm caches."""
+    """Of each method a row for cold and one for warm caches."""
     measured: dict[tuple[str, str], list[dict]] = {}
+    methods = METHODS if how == "whole" else (INDUCTOR, DELTAS)  # blocks cannot be forecast
     for _ in range(repeats):
         with contextlib.ExitStack() as stack:
-            caches = {backend: stack.enter_context(tempfile.TemporaryDirectory()) for backend in BACKENDS}
+            caches = {method: stack.enter_context(tempfile.TemporaryDirectory()) for method in methods}
             for state in ("cold", "warm", "warm"):
-                for backend in BACKENDS:
-                    took = run_child(how, backend, blocks, caches[backend])
-                    log.info("%s %s %s: %s", how, backend, state, took)
-                    measured.setdefault((backend, state), []).append(took)
+                for method in methods:
+                    took = run_child(how, method, blocks, caches[method])
+                    log.info("%s %s %s: %s", how, method, state, took)
+                    measured.setdefault((method, state), []).append(took)
     rows = []
-    for state in ("cold", "warm"):
-        row: dict = {"how": how, "caches": state, "blocks": blocks}
-        for backend in BACKENDS:
-            all_of = measured[backend, state]
-            row[backend] = {kind: statistics.median(took[kind] for took in all_of) for kind in ("cpu_s", "wall_s")}
-            row[backend]["all"] = all_of
-        for kind in ("cpu", "wall"):
-            row[f"{kind}_ratio"] = round(row["chipmunk"][f"{kind}_s"] / row["inductor"][f"{kind}_s"], 3)
-        rows.append(row)
+    for method in methods[1:]:
+        for state in ("cold", "warm"):
+            row: dict = {"how": how, "method": method, "caches": state, "blocks": blocks}
+            for backend, of in (("inductor", INDUCTOR), ("chipmunk", method)):
+                all_of = measured[of, state]
+                row[backend] = {kind: statistics.median(took[kind] for took in all_of) for kind in ("cpu_s", "wall_s")}
+                row[backend]["all"] = all_of
+            for kind in ("cpu", "wall"):
+                row[f"{kind}_ratio"] = round(row["chipmunk"][f"{kind}_s"] / row["inductor"][f"{kind}_s"], 3)
+            rows.append(row)
     return rows
 
 

@@ -5,7 +5,7 @@
 On the trained transformer of examples/tiny_dit, at a size that divides by patches of 8x8 tokens and at one that does
 not. Recall: the share of attention mass in the columns that are chosen for a chunk by the exact mean attention of its
 tokens, over all layers, heads and some of the steps. PSNR: of the finished picture against the dense one, through the
-backend: with attention alone sparse, and with the options of examples/quickstart.py (preset "balanced"). Writes both
+backend: with attention alone sparse, and with the deltas of examples/quickstart.py. Writes both
 to benchmarks/results/token-orders.json.
 """
 
@@ -34,7 +34,8 @@ KINDS = ("raster", "hilbert", "patch")
 CHUNKS = (32, 64, 128)
 KEPT = (0.07, 0.165)
 ATTENTION, WIDE, QUICKSTART = "attention alone, chunk 64", "attention alone, chunk 128", "quickstart, chunk 64"
-OPTIONS = {ATTENTION: {"mlp.sparsity": None}, WIDE: {"mlp.sparsity": None, "attention.chunk": 128}, QUICKSTART: {}}
+DELTAS = {"schedule.refresh_every": 5}  # of examples/quickstart.py
+OPTIONS = {ATTENTION: {"mlp.sparsity": None}, WIDE: {"mlp.sparsity": None, "attention.chunk": 128}, QUICKSTART: DELTAS}
 # Pixels: 40x40 tokens, and 36x44, where along a Hilbert curve chunks of 64 are no squares.
 SIZES = {(160, 160): (QUICKSTART, ATTENTION, WIDE), (144, 176): (ATTENTION,)}
 

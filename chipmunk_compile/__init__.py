@@ -13,11 +13,12 @@ if TYPE_CHECKING:
     from .calibrating import calibrate
     from .calibration import Calibration, CalibrationError, load_calibration
     from .config import Config, OptionError
+    from .explaining import explain
     from .generations import generation
     from .passes.reasons import Reason
     from .probing import probe
     from .programs import disabled
-    from .report import Report, explain
+    from .report import Report
     from .telemetry import counters, reset
 
 _HOME = {
@@ -30,7 +31,7 @@ _HOME = {
     "calibrate": "calibrating",
     "counters": "telemetry",
     "disabled": "programs",
-    "explain": "report",
+    "explain": "explaining",
     "generation": "generations",
     "load_calibration": "calibration",
     "probe": "probing",

@@ -65,7 +65,12 @@ def ladder() -> tuple[dict[str, Any], ...]:
         )
     ]  # fmt: skip
     judged = [
-        {**NO_SPARSITY, "forecast.tolerance": tolerance, "forecast.repay": True} for tolerance in (0.03, 0.008, 0.002)
+        {**NO_SPARSITY, "forecast.tolerance": tolerance, "forecast.repay": True}
+        for tolerance in (0.03, 0.008, 0.004, 0.002, 0.001)
+    ]
+    judged += [
+        {**BALANCED, "forecast.tolerance": tolerance, "forecast.repay": True, "schedule.refresh_every": 2}
+        for tolerance in (0.008, 0.004)
     ]
     return (*judged, *forecasts, *both, *deltas)
 

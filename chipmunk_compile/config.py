@@ -63,6 +63,9 @@ class ForecastOptions:
     the last computed step: 0.001 is careful, 0.03 is bold. None: `schedule.compute_every` says which are."""
     repay: bool = False
     """A computed step adds to its output what the forecasts before it left out of the latents."""
+    refresh_every: int | None = None
+    """Of the steps computed between forecasts, a refresh at every such one and deltas between; 1: all are computed
+    whole, as the dense model does. None: as `schedule.refresh_every` and `schedule.refresh_at` say."""
     residual: float = 0.0
     """Share of the error that a delta step is expected to make, learned at each refresh, that is corrected: 0 to 2.
     Above 0 a refresh costs one delta pass more."""
@@ -116,7 +119,7 @@ class Config:
             raise OptionError(f"preset={preset!r}: choose one of {', '.join(map(repr, PRESETS))}")
         if mode is not None:
             options.setdefault("mode", mode)
-        flat = {**PRESETS[preset], **options}
+        flat = {**_preset_beside(preset, options), **options}
         config = Config(preset=preset)
         for name, value in flat.items():
             config = _set(config, name, RULES[name](name, value))
@@ -133,6 +136,14 @@ class Config:
         """Whether steps may go uncomputed."""
         return self.schedule.compute_every > 1 or self.forecast.tolerance is not None
 
+    @property
+    def between_forecasts(self) -> ScheduleOptions:
+        """The schedule of a model whose steps can be forecast: one graph, which tells the time."""
+        every = self.forecast.refresh_every
+        if every is None or not self.forecasts:
+            return self.schedule
+        return replace(self.schedule, refresh_every=every, refresh_at=None)
+
     def inductor_options(self) -> dict[str, Any]:
         """What Inductor gets: its mode, spelled out, then its own options."""
         import torch._inductor
@@ -147,18 +158,38 @@ class Config:
         return self.inductor_options().get("triton.cudagraphs", torch._inductor.config.triton.cudagraphs)
 
 
-# Points on the frontier that a small trained model gave (refresh cadence matters more than sparsity there);
+# Points on the frontier of docs/quality.md. Where steps can be forecast (one graph that tells the time), forecasts as
+# far as they prove good come first, and deltas add to them where speed counts most; models in pieces run deltas alone.
 # "exact" computes every column, so it differs from dense by rounding alone.
 PRESETS: dict[str, dict[str, Any]] = {
     "exact": {"attention.sparsity": 0.0, "mlp.sparsity": 0.0},
-    "quality": {"attention.sparsity": 0.835, "mlp.sparsity": 0.7, "schedule.refresh_every": 3},
-    "balanced": {"attention.sparsity": 0.835, "mlp.sparsity": 0.7, "schedule.refresh_every": 5},
-    "fast": {"attention.sparsity": 0.93, "mlp.sparsity": 0.8, "schedule.refresh_every": 8},
-}
+    "quality": {
+        "attention.sparsity": 0.835, "mlp.sparsity": 0.7, "schedule.refresh_every": 3,
+        "forecast.tolerance": 0.001, "forecast.repay": True, "forecast.refresh_every": 1,
+    },
+    "balanced": {
+        "attention.sparsity": 0.835, "mlp.sparsity": 0.7, "schedule.refresh_every": 5,
+        "forecast.tolerance": 0.004, "forecast.repay": True, "forecast.refresh_every": 1,
+    },
+    "fast": {
+        "attention.sparsity": 0.835, "mlp.sparsity": 0.7, "schedule.refresh_every": 8,
+        "forecast.tolerance": 0.008, "forecast.repay": True, "forecast.refresh_every": 2,
+    },
+}  # fmt: skip
+# Options that say how deltas are to be: beside any of them a preset's forecasts, which leave none, do not count.
+_OF_DELTAS = ("attention.", "mlp.", "schedule.refresh_", "schedule.compute_every", "forecast.residual")
 
 CHUNKS = (32, 64, 128, 192)
 UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 ORDERS = ("patch", "hilbert", "raster")
+
+
+def _preset_beside(preset: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """What of a preset holds beside a caller's own options."""
+    flat = PRESETS[preset]
+    if not any(name.startswith(_OF_DELTAS) for name in options):
+        return flat
+    return {name: value for name, value in flat.items() if not name.startswith("forecast.")}
 
 
 def _set(config: Config, name: str, value: Any) -> Config:
@@ -324,6 +355,7 @@ RULES: dict[str, Callable[[str, Any], Any]] = {
     "forecast.order": _order_of_forecast,
     "forecast.tolerance": _tolerance,
     "forecast.repay": _switch,
+    "forecast.refresh_every": _at_least(1, optional=True),
     "forecast.residual": _residual,
     "min_tokens": _at_least(1),
     "dense_layers": _at_least(0),

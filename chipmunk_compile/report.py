@@ -4,27 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
-import types
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-from torch import fx
-
-from .budget import footprint
-from .capture import Capture, attention_nodes, count_attention, describe, graph_breaks, wrapped_layers
+from .capture import Capture
 from .config import Config
-from .passes.flops import graph_flops
-from .passes.lower import Treatment, kept_state, lift_state, site_caches
-from .passes.permute_tokens import Gather, PermutationPlan
 from .passes.reasons import Reason
-from .passes.sites import Declined
-from .passes.token_order import patch_size
-from .plan import Analysis, Plan, analyse, make_plan
-from .printing import write_kernels
-from .ranks import ranks_of
 from .schedule import Program, fewest_steps, pays, programs_of
 
 # Steps of generations whose work is predicted where no number is given: distilled models, and others.
@@ -86,6 +72,7 @@ class GraphReport:
     delta_flops: int
     refresh_flops: int
     ranks: int = 1  # that run it together, exchanging tokens
+    computes: bool = False  # and does nothing else: its outputs may be forecast
 
 
 @dataclass(frozen=True)
@@ -212,15 +199,13 @@ class Report:
             sites = [s for s in self.sites if s.kind == kind]
             taken = sum(s.accelerated for s in sites)
             how = f", {options.sparsity:.1%} sparse, chunks of {options.chunk} tokens" if taken else ""
-            lines.append(f"{kind:<10} {taken} of {len(sites)} accelerated{how}")
-        schedule = self.config.schedule
-        listed = ", ".join(map(str, schedule.refresh_at or ())) or "no other"
-        further = f"every {schedule.refresh_every}th" if schedule.refresh_at is None else f"at {listed}"
-        lines.append(f"schedule   refresh at the first {schedule.warmup} steps and {further}; delta between")
+            what = "can run sparse" if self.runs_whole else "accelerated"
+            lines.append(f"{kind:<10} {taken} of {len(sites)} {what}{how}")
         lines += [f"forecast   {line}" for line in self._forecasts()]
-        lines.append(f"work       a delta step does {self.delta_share:.0%} of a dense step's matrix work (predicted)")
-        lines += [f"           {line}" for line in self._lengths()]
-        lines.append(f"state      {self._state()}")
+        if self.runs_whole:
+            lines.append("deltas     none beside such forecasts; {'schedule.refresh_every': 5} would run them instead")
+        else:
+            lines += self._deltas()
         lines.append(f"order      {self.permutation}")
         lines += [f"           {line}" for line in self.permutation.lines()]
         lines.append(f"clock      {self._clock()}")
@@ -229,8 +214,33 @@ class Report:
         lines += [f"{'capture' if i == 0 else '':<10} {line}" for i, line in enumerate(self.capture.lines())]
         return [f"  {line}" for line in lines]
 
+    def _deltas(self) -> list[str]:
+        schedule = self.config.between_forecasts if self._forecastable else self.config.schedule
+        listed = ", ".join(map(str, schedule.refresh_at or ())) or "no other"
+        further = f"every {schedule.refresh_every}th" if schedule.refresh_at is None else f"at {listed}"
+        return [
+            f"schedule   refresh at the first {schedule.warmup} steps and {further}; delta between",
+            f"work       a delta step does {self.delta_share:.0%} of a dense step's matrix work (predicted)",
+            *(f"           {line}" for line in self._lengths()),
+            f"state      {self._state()}",
+        ]
+
+    @property
+    def _forecastable(self) -> bool:
+        """Whether the model's steps can be forecast: one graph that tells the time, and does nothing but compute."""
+        return len(self.graphs) == 1 and self.graphs[0].computes and bool(self.graphs[0].clock or self.config.steps)
+
+    @property
+    def runs_whole(self) -> bool:
+        """Whether every step is forecast or computed whole: as the presets have it where steps can be forecast."""
+        schedule = self.config.between_forecasts
+        whole = schedule.refresh_every == 1 and schedule.refresh_at is None
+        return self.config.forecasts and whole and self._forecastable
+
     def _forecasts(self) -> list[str]:
         """Which steps are not computed; nothing if all are."""
+        if self.config.forecasts and not self._forecastable:
+            return ["none: that takes one graph, which tells the time"]
         every, tolerance = self.config.schedule.compute_every, self.config.forecast.tolerance
         if tolerance is not None:
             which = f"as many steps in a row as leave under {tolerance:.2%} of error in the latents"
@@ -238,7 +248,7 @@ class Report:
             which = f"all but one step in {every} after the first ones"
         else:
             return []
-        return [f"{which}; refreshes count computed steps"]
+        return [f"{which}; " + ("the others run whole" if self.runs_whole else "refreshes count computed steps")]
 
     def _state(self) -> str:
         text = f"{_bytes(self.state_bytes)} per stream, {_bytes(self.layer_bytes)} a layer"
@@ -289,127 +299,19 @@ class Report:
         return lines
 
 
-def explain(
-    model: torch.nn.Module,
-    *args,
-    options: Mapping[str, Any] | None = None,
-    kernels_dir: str | os.PathLike | None = None,
-    **kwargs,
-) -> Report:
-    """Runs `model(*args, **kwargs)` twice (as Dynamo captures it, and as it is), without gradients and without
-    compiling it, and reports what `torch.compile(model, backend="chipmunk", options=options)` would do.
-
-    model: any module, compiled or not. kernels_dir: a folder into which the sources of its kernels are written.
-    Raises OptionError for bad options, and whatever the model raises.
-    """
-    config = Config.from_options(options)
-    model = getattr(model, "_orig_mod", model)
-    found: list[tuple[Analysis, Plan | None]] = []
-    grids: list[tuple] = []
-    seen: list[int] = []
-
-    def collect(gm: fx.GraphModule, inputs: Sequence[Any]):
-        seen.append(attention_nodes(gm))
-        analysis = analyse(gm, inputs, config)
-        plan = None
-        if analysis.reason is None:
-            grids.append(analysis.grids(inputs))
-            plan = make_plan(analysis, grids[-1], config)
-        found.append((analysis, plan))
-        return gm.forward
-
-    # A code object of its own: what Dynamo caches for it must not count against the user's compiled model.
-    call = types.FunctionType(_call.__code__.replace(co_name=f"explain_{id(found)}"), globals())
-    before = graph_breaks()
-    with torch.no_grad():
-        torch.compile(call, backend=collect, dynamic=False)(model.forward, args, kwargs)
-        breaks = describe(graph_breaks() - before)
-        calls = count_attention(lambda: model.forward(*args, **kwargs))
-    capture = Capture(calls, sum(seen), breaks, 0 if any(plan for _, plan in found) else wrapped_layers(model))
-    sites = [site for analysis, plan in found for site in _sites(analysis, plan)]
-    lifted = [tensor for _, p in found if p for tensor in (*lift_state(p.treatments), *kept_state(p.canonical))]
-    state = sum(tensor.bytes for tensor in lifted)
-    graphs = tuple(graph_report(analysis, plan) for analysis, plan in found)
-    if kernels_dir is not None:
-        write_kernels([plan for _, plan in found if plan], kernels_dir)
-    permutation = _permutation(found, grids, config)
-    host = sum(site.host_bytes for site in sites)
-    rings = [footprint(p.treatments, p.movable, p.canonical).ring for _, p in found if p and p.hosted]
-    return Report(type(model).__name__, config, tuple(sites), graphs, state, permutation, capture, host, sum(rings))
-
-
 def generation_share(steps: int, config: Config, refresh: float, delta: float) -> float:
     """Predicted work of a generation of so many steps, as a share of a dense one's, from that of its programs."""
-    if not pays(steps, config.schedule):
+    schedule = config.between_forecasts
+    if not pays(steps, schedule):
         return 1.0
     learns = delta if config.forecast.residual > 0 else 0.0  # a refresh then runs the delta too, after the warm-up
     total = 0.0
-    for step, program in enumerate(programs_of(steps, config.schedule)):
+    for step, program in enumerate(programs_of(steps, schedule)):
         if program is Program.REFRESH:
-            total += refresh + (learns if step >= config.schedule.warmup else 0.0)
+            total += refresh + (learns if step >= schedule.warmup else 0.0)
         elif program is Program.DELTA:
             total += delta
     return total / steps
-
-
-def _call(function, args, kwargs):
-    return function(*args, **kwargs)
-
-
-def _permutation(found, grids: list[tuple], config: Config) -> PermutationReport:
-    """Of the first graph that has sites: what comes behind a graph break is rare, and alike."""
-    plans = [analysis.permutation for analysis, plan in found if plan is not None]
-    if not plans:
-        return PermutationReport()
-    (plan, *_), (first, *_) = plans, grids
-    if not isinstance(plan, PermutationPlan):
-        return PermutationReport(reason=plan.reason, detail=plan.detail)
-    known = tuple(grid for run in first if run for grid in run)
-    gathers = tuple(_gather(gather, plan) for gather in plan.gathers)
-    patch = patch_size(known[0], config.attention.chunk) if known else ()
-    walls = tuple(dict.fromkeys(wall.name for wall in plan.walls))
-    return PermutationReport(config.order, known, patch, gathers, plan.bytes, walls)
-
-
-def _gather(gather: Gather, plan: PermutationPlan) -> GatherReport:
-    shape = tuple(gather.value.meta["val"].shape)
-    return GatherReport(gather.name, shape, plan.direction(gather), gather.bytes, gather.fixed)
-
-
-def _sites(analysis: Analysis, plan: Plan | None) -> list[SiteReport]:
-    treatments = plan.treatments if plan is not None else ()
-    state = [0] * len(treatments)
-    for tensor in lift_state(treatments):
-        if tensor.scope != "table":
-            state[int(tensor.name.rpartition("_")[2])] += tensor.bytes
-    hosted = plan.hosted if plan is not None else ()
-    moved = [sum(t.bytes for t in site_caches(n, s)) if n in hosted else 0 for n, s in enumerate(treatments)]
-    taken = [_accelerated(t, held, host) for t, held, host in zip(treatments, state, moved)]
-    return taken + [_declined(d) for d in (*analysis.declined, *(plan.declined if plan is not None else ()))]
-
-
-def _accelerated(treatment: Treatment, state_bytes: int, host_bytes: int) -> SiteReport:
-    site = treatment.site
-    names = ("batch", "heads", "q_len", "kv_len", "head_dim") if site.kind == "attention" else (
-        "batch", "tokens", "in_features", "hidden", "out_features")  # fmt: skip
-    shapes = {name: getattr(site, name) for name in names}
-    detail = {"columns": treatment.kept, "of": treatment.columns}
-    work = treatment.dense_flops, treatment.delta_flops
-    return SiteReport(site.kind, site.name, True, None, detail, shapes, *work, state_bytes, host_bytes)
-
-
-def _declined(declined: Declined) -> SiteReport:
-    return SiteReport(declined.kind, declined.name, False, declined.reason, declined.detail, {})
-
-
-def graph_report(analysis: Analysis, plan: Plan | None) -> GraphReport:
-    nodes = len(analysis.canonical.graph.nodes) if analysis.canonical else 0
-    dense = graph_flops(analysis.canonical) if analysis.canonical else 0
-    saved = sum(t.dense_flops - t.delta_flops for t in plan.treatments) if plan is not None else 0
-    more = sum(t.refresh_flops - t.dense_flops for t in plan.treatments) if plan is not None else 0
-    timed = bool(analysis.inputs.timesteps)
-    ranks = ranks_of(analysis.canonical).count if analysis.canonical else 1
-    return GraphReport(nodes, timed, analysis.reason, analysis.detail, dense, dense - saved, dense + more, ranks)
 
 
 def _numbers(detail: Mapping[str, Any]) -> str:

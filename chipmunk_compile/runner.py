@@ -8,7 +8,6 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import fx
 
 from . import telemetry
@@ -18,9 +17,10 @@ from .evidence import read_evidence
 from .forecast import History
 from .models import Owners, Root
 from .offloading import prefetch
+from .passes.graphs import only_computes
 from .passes.reasons import Reason
 from .plan import Analysis, Inputs, make_plan
-from .programs import Compiler, Programs, is_disabled
+from .programs import Compiler, Programs, dense_program, is_disabled
 from .ranks import ranks_of
 from .schedule import Program, pays, program_at
 from .state import Owner, State
@@ -110,6 +110,9 @@ class Runner(_Called):
         asked = config.forecasts or config.forecast.residual > 0
         self._computes = only_computes(analysis.canonical)
         self._remembers = asked and self._computes
+        # Of a whole forward whose steps may be forecast; where every computed step is a refresh, the dense model is.
+        self._schedule = config.between_forecasts if self._remembers else config.schedule
+        self._whole = config.forecasts and self._schedule.refresh_every == 1 and self._schedule.refresh_at is None
         # Layers of a forward that stay dense, where this graph holds too few to tell which of them they are.
         self._dense_until = config.dense_layers if analysis.layers <= config.dense_layers else 0
         self._by_grid: dict[tuple, Programs] = {} if programs is None else programs
@@ -125,6 +128,10 @@ class Runner(_Called):
         with owner.root.lock:
             early: list[Early] = []
             where = self._tick(owner, args, lambda: early.extend(self._run_early(owner, args)))
+            if where is not None and self._whole and not is_disabled():
+                history = self._history(owner.root, where[0].stream.states)
+                if history is not None:
+                    return self._run_whole(owner, where[0], history, args)
             programs = self._programs_of(where, owner, args)
             if where is None:
                 return self._run_dense(programs, args)
@@ -150,7 +157,7 @@ class Runner(_Called):
         programs, state = stream.programs.get(self), stream.states.get((owner.key, 0))
         if programs is None or state is None or not state.filled or state.fits != (programs, owner):
             return
-        program = program_at(step, self._config.schedule)
+        program = program_at(step, self._schedule)
         if program is Program.FORECAST:
             return
         outputs = self._run_program(program, programs, state, args)
@@ -234,6 +241,21 @@ class Runner(_Called):
         owner.root.end_call(self._analysis.layers)
         return outputs
 
+    def _run_whole(self, owner: Owner, tick: Tick, history: History, args: Sequence):
+        """A step that is forecast, or the dense model: no deltas, and so no state."""
+        if tick.fresh:
+            history.filled = False
+        may = not tick.fresh and self._between(history, tick, Program.DENSE) is Program.FORECAST
+        if self._ranks.agree(Program.FORECAST if may else Program.DENSE).program is Program.FORECAST:
+            telemetry.count("forecast")
+            outputs = history.forecast(tick.time)
+        else:
+            if self._dense is None:
+                self._dense = dense_program(self._dynamo, args, self._config, self._compiler)
+            outputs = history.keep(tick.time, self._dense(*args), tick.span)
+        owner.root.end_call(self._analysis.layers)
+        return outputs
+
     def _keep_order(self, tick: Tick) -> None:
         log.info("%s: its order differs by rank", Reason.SPREAD_TOKENS.value)
         self._keeps_order, self.programs = True, None
@@ -241,16 +263,26 @@ class Runner(_Called):
         tick.stream.programs.pop(self, None)
 
     def _due(self, history: History | None, state: State, tick: Tick) -> Program:
-        """What this step runs. Where forecasts are judged, the computed steps are the ones counted for refreshes."""
-        schedule, judge = self._config.schedule, history.judge if history is not None else None
+        """What this step runs."""
         if tick.fresh or not state.filled:
             return Program.REFRESH
+        if history is None:
+            due = program_at(tick.step, self._config.schedule)
+            return Program.DELTA if due is Program.FORECAST else due
+        return self._between(history, tick, Program.DELTA)
+
+    def _between(self, history: History, tick: Tick, unforeseen: Program) -> Program:
+        """What this step runs where steps may be forecast, `unforeseen` where this one is due for it and cannot be.
+
+        Where forecasts are judged, the computed steps are the ones counted for refreshes.
+        """
+        judge = history.judge
         step = tick.step if judge is None else judge.computed
-        due = program_at(step, schedule)
-        may_wait = due is Program.FORECAST if judge is None else step >= schedule.warmup
-        if may_wait and history is not None and history.reaches(tick.time):
+        due = program_at(step, self._schedule)
+        may_wait = due is Program.FORECAST if judge is None else step >= self._schedule.warmup
+        if may_wait and history.reaches(tick.time):
             return Program.FORECAST
-        return Program.DELTA if due is Program.FORECAST else due
+        return unforeseen if due is Program.FORECAST else due
 
     def _corrects(self, history: History, tick: Tick) -> bool:
         return self._config.forecast.residual > 0 and history.refreshed not in (None, tick.time)
@@ -358,14 +390,3 @@ def callable_for(
     tells_time = analysis.inputs.timesteps and analysis.inputs.parameters
     untouched = ranks_of(gm).dense(inductor())
     return Timekeeper(analysis.inputs, untouched, config) if tells_time else untouched
-
-
-def only_computes(canonical: fx.GraphModule) -> bool:
-    """Whether a graph does nothing but return new floating-point tensors: then a step may go without it."""
-    output = next(iter(reversed(canonical.graph.nodes)))
-    values = [node.meta.get("val") if isinstance(node, fx.Node) else None for node in output.args[0]]
-    return (
-        all(isinstance(value, torch.Tensor) and value.is_floating_point() for value in values)
-        and not any(node.op == "placeholder" for node in output.all_input_nodes)
-        and not any(node.target is torch.ops.aten.copy_.default for node in canonical.graph.nodes)
-    )

@@ -15,11 +15,12 @@ from torch import fx
 
 from .backend import inductor_program
 from .config import Config, ForecastOptions, ScheduleOptions
+from .explaining import graph_report
 from .passes.lower import kept_state, lift_state
 from .passes.reasons import Reason
 from .plan import Analysis, analyse, make_plan
 from .programs import dense_program
-from .report import GraphReport, graph_report
+from .report import GraphReport
 from .runner import callable_for
 from .shapes import BySize, is_symbolic
 

@@ -17,6 +17,7 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(),
 STEPS = 12
 # Of bfloat16 against bfloat16, each compiled its own way; sparse steps with the preset's sparsity on top.
 LEAST_PSNR = {"exact": 32.0, "balanced": 24.0}
+DELTAS = {"schedule.refresh_every": 5}  # and no forecasts
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +57,7 @@ def denoise(tiny_dit, fast) -> torch.Tensor:
 
 @pytest.mark.parametrize("preset", ["exact", "balanced"])
 def test_pictures_are_those_of_the_dense_model(tiny_dit, dense, preset):
-    fast = torch.compile(tiny_dit[1], backend=chipmunk, options={"preset": preset})
+    fast = torch.compile(tiny_dit[1], backend=chipmunk, options={"preset": preset, **DELTAS})
     tokens = denoise(tiny_dit, fast)
     assert chipmunk_compile.counters()["delta"] >= STEPS // 2
     assert tokens.isfinite().all()
@@ -82,7 +83,7 @@ def ran(before: dict[str, int], *programs: str) -> int:
 
 
 def test_the_printed_kernels_are_what_runs(tiny_dit):
-    fast = torch.compile(tiny_dit[1], backend=chipmunk)
+    fast = torch.compile(tiny_dit[1], backend=chipmunk, options=DELTAS)
     denoise(tiny_dit, fast), denoise(tiny_dit, fast)
     before = chipmunk_compile.counters()
     host, gpu = profiled(lambda: denoise(tiny_dit, fast))
@@ -106,7 +107,7 @@ def test_programs_are_replayed_as_cuda_graphs(tiny_dit, dense, monkeypatch):
     skipped: list[str] = []
     for module in (compile_fx, cudagraph_trees, output_code):
         monkeypatch.setattr(module, "log_cudagraph_skip_and_bump_counter", skipped.append)
-    fast = torch.compile(tiny_dit[1], backend=chipmunk, options={"mode": "reduce-overhead"})
+    fast = torch.compile(tiny_dit[1], backend=chipmunk, options={**DELTAS, "mode": "reduce-overhead"})
     for _ in range(3):  # warm-up, recording, replay
         tokens = denoise(tiny_dit, fast)
     assert not skipped
@@ -117,3 +118,13 @@ def test_programs_are_replayed_as_cuda_graphs(tiny_dit, dense, monkeypatch):
     assert launched >= ran(before, "delta", "refresh") == STEPS
     assert host["chipmunk::attention_delta"] == host["chipmunk::mlp_delta"] == 0  # nothing but replays
     assert any(name.startswith("attention_delta") for name in gpu)
+
+
+@pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
+def test_a_preset_forecasts_and_runs_the_dense_model(tiny_dit, dense, mode):
+    fast = torch.compile(tiny_dit[1], backend=chipmunk, options={"preset": "quality", "mode": mode})
+    for _ in range(3):
+        before = chipmunk_compile.counters()
+        tokens = denoise(tiny_dit, fast)
+        assert ran(before, "dense", "forecast") == STEPS and ran(before, "forecast") >= 2
+        assert peak_signal_to_noise(tiny_dit, tokens, dense) > LEAST_PSNR["exact"] - 2

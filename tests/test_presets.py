@@ -1,0 +1,183 @@
+"""What a preset runs: forecasts and whole steps where a model's steps can be forecast, sparse deltas where not."""
+
+import pytest
+import torch
+
+import chipmunk_compile
+from chipmunk_compile.backend import chipmunk
+from chipmunk_compile.config import PRESETS, Config, ScheduleOptions
+from chipmunk_compile.schedule import Program, programs_of
+from tests.test_forecast import Linear
+from tests.toy_dit import Loop, toy, worst
+
+STEPS = 20
+WHOLE = [name for name, options in PRESETS.items() if options.get("forecast.refresh_every") == 1]
+PROGRAMS = ("dense", "refresh", "delta", "forecast")
+
+
+def preset(name, **options):
+    return {"preset": name, "min_tokens": 8, **options}
+
+
+def compiled(model, options):
+    torch._dynamo.reset()
+    chipmunk_compile.reset()
+    return torch.compile(model, backend=chipmunk, options=options)
+
+
+def acquainted(model, options):
+    """Compiled, after a few steps of another picture: from the first ones the clock learns what is conditioning."""
+    fast = compiled(model, options)
+    with torch.no_grad():
+        for inputs in list(Loop(seed=9, steps=10))[:3]:
+            fast(*inputs)
+    chipmunk_compile.reset()
+    return fast
+
+
+def ran() -> dict[str, int]:
+    counted = chipmunk_compile.counters()
+    return {name: counted[name] for name in PROGRAMS if counted[name]}
+
+
+def alike(outputs, truth) -> float:
+    """The relative error of all steps together."""
+    return (sum((a - b).norm() for a, b in zip(outputs, truth)) / sum(b.norm() for b in truth)).item()
+
+
+@pytest.mark.parametrize("name", WHOLE)
+def test_a_whole_model_runs_forecasts_and_dense_steps(name, uncompiled):
+    model, loop = toy(), Loop(steps=STEPS)
+    outputs = loop.run(compiled(model, preset(name)))
+    programs = ran()
+    assert set(programs) == {"dense", "forecast"} and sum(programs.values()) == STEPS
+    assert programs["forecast"] >= 3
+    assert alike(outputs, loop.run(model)) < 30 * PRESETS[name]["forecast.tolerance"]
+    assert chipmunk_compile.counters()["state_bytes"] < 100_000, "two outputs, and no state of deltas"
+
+
+def test_a_computed_step_is_the_dense_model_bit_for_bit(uncompiled):
+    model, loop = toy(), Loop(steps=4)
+    outputs = loop.run(compiled(model, preset("quality", **{"forecast.repay": False})))
+    assert ran() == {"dense": 4}
+    assert all(a.equal(b) for a, b in zip(outputs, loop.run(model)))
+
+
+def test_bolder_presets_compute_less(uncompiled):
+    work = []
+    for name in ("quality", "balanced", "fast"):
+        Loop(steps=50).run(compiled(toy(), preset(name)))
+        work.append(sum(ran().get(program, 0) for program in ("dense", "refresh")))
+    assert work == sorted(work, reverse=True) and work[0] > work[-1]
+    assert ran()["delta"] >= 2, "the boldest runs deltas between forecasts"
+
+
+def test_a_model_in_pieces_runs_deltas(uncompiled):
+    model, loop = toy(layers=3), Loop(steps=12)
+    truth = loop.run(model)
+    for block in model.blocks:
+        block.compile(backend=chipmunk, options=preset("balanced"))
+    with chipmunk_compile.generation(model), torch.no_grad():
+        outputs = [model(*inputs) for inputs in loop]
+    expected = [program.value for program in programs_of(12, Config.from_options(preset("balanced")).schedule)]
+    assert ran() == {"refresh": 3 * expected.count("refresh"), "delta": 3 * expected.count("delta")}
+    assert worst(outputs, truth) < 0.5
+
+
+def test_behind_a_graph_break_deltas_run(uncompiled):
+    """The first graph of the first step cannot know that another follows: it runs whole, and is refreshed next."""
+    model, loop = toy(layers=3, broken=True), Loop(steps=12)
+    outputs = loop.run(compiled(model, preset("balanced")))
+    programs = ran()
+    assert "forecast" not in programs and programs["dense"] == 1 and programs["delta"] > programs["refresh"]
+    assert worst(outputs, loop.run(toy(layers=3, broken=True))) < 0.5
+
+
+@pytest.mark.parametrize(
+    "own",
+    [
+        {"attention.sparsity": 0.5}, {"mlp.chunk": 32}, {"schedule.refresh_every": 3}, {"schedule.refresh_at": (4,)},
+        {"forecast.residual": 1.0},
+    ],
+    ids=lambda own: next(iter(own)),
+)  # fmt: skip
+def test_who_says_how_deltas_are_to_be_gets_deltas(own, uncompiled):
+    Loop(steps=12).run(compiled(toy(), preset("balanced", **own)))
+    assert set(ran()) == {"refresh", "delta"}
+
+
+def test_a_tolerance_of_one_s_own_keeps_the_rest_of_the_preset():
+    config = Config.from_options({"forecast.tolerance": 0.002, "schedule.warmup": 3, "dense_layers": 1})
+    assert config.forecast.tolerance == 0.002 and config.forecast.repay and config.forecast.refresh_every == 1
+    fixed = Config.from_options({"schedule.compute_every": 2})
+    assert fixed.forecast.tolerance is None and fixed.forecast.refresh_every is None
+
+
+def test_deltas_between_forecasts_have_a_cadence_of_their_own(uncompiled):
+    options = preset("balanced", **{"forecast.refresh_every": 3})
+    Loop(steps=STEPS).run(acquainted(toy(), options))
+    programs = ran()
+    computed = programs["refresh"] + programs["delta"]
+    assert set(programs) == {"refresh", "delta", "forecast"} and computed + programs["forecast"] == STEPS
+    expected = programs_of(computed, ScheduleOptions(refresh_every=3))
+    assert programs["refresh"] == expected.count(Program.REFRESH), "R R d R d d R .., of the computed ones"
+
+
+def test_a_fixed_pattern_may_run_whole_steps_too(uncompiled):
+    options = preset("balanced", **{"schedule.compute_every": 3, "forecast.refresh_every": 1})
+    model, loop = Linear().eval().requires_grad_(False), Loop(steps=11)
+    outputs = loop.run(acquainted(model, options))
+    assert ran() == {"dense": 5, "forecast": 6}
+    assert worst(outputs, loop.run(model)) < 1e-5
+
+
+def test_streams_are_kept_apart_and_generations_begin_anew(uncompiled):
+    loops = [Loop(seed=1, steps=STEPS), Loop(seed=2, steps=STEPS)]
+    alone = []
+    for loop in loops:
+        fast = compiled(toy(), preset("balanced"))
+        loop.run(fast)
+        alone.append(loop.run(fast))
+    fast = compiled(toy(), preset("balanced"))
+    for generation in range(3):
+        outputs = []
+        with torch.no_grad():
+            for number, calls in enumerate(zip(*loops)):
+                if generation == 1 and number == 7:  # broken off; the next one starts at the top
+                    break
+                outputs.append([fast(*inputs) for inputs in calls])
+    for stream, expected in zip(zip(*outputs), alone):
+        assert worst(stream, expected) < 1e-6
+
+
+def test_disabled_is_dense_and_the_next_step_builds_on_nothing_old(uncompiled):
+    model, loop = toy(), Loop(steps=STEPS)
+    fast = compiled(model, preset("balanced"))
+    with torch.no_grad():
+        for number, inputs in enumerate(loop):
+            if 8 <= number < 12:
+                with chipmunk_compile.disabled():
+                    assert fast(*inputs).equal(model(*inputs))
+            else:
+                fast(*inputs)
+            if number == 12:  # two more are computed before a line is known
+                counted = ran()["dense"]
+    assert counted >= 5 and ran()["forecast"] > 0
+
+
+def test_explain_says_that_nothing_is_sparse_then():
+    report = chipmunk_compile.explain(toy(), *next(iter(Loop())), options=preset("balanced"))
+    text = report.to_text()
+    assert report.runs_whole and "0.40% of error in the latents; the others run whole" in text
+    assert "2 of 2 can run sparse" in text and "a delta step does" not in text
+    sparse = chipmunk_compile.explain(toy(), *next(iter(Loop())), options=preset("balanced", **{"mlp.sparsity": 0.5}))
+    assert not sparse.runs_whole and "2 of 2 accelerated" in sparse.to_text()
+    broken = chipmunk_compile.explain(toy(broken=True), *next(iter(Loop())), options=preset("balanced"))
+    assert not broken.runs_whole and "forecast   none: that takes one graph" in broken.to_text()
+
+
+def test_every_program_is_compiled_by_inductor():
+    model, loop = toy(), Loop(steps=STEPS)
+    outputs = loop.run(compiled(model, preset("balanced")))
+    assert chipmunk_compile.counters()["compiles"] == 1, "the dense program, and no other"
+    assert set(ran()) == {"dense", "forecast"} and alike(outputs, loop.run(model)) < 0.12
