@@ -73,7 +73,8 @@ class Tick:
     """One forward of a model. `fresh`: state must be recomputed, whatever the schedule says. `time`: by the timestep,
     or by the step where that is not read. `repeats`: all that the clock sees is as it was in the call before.
     `steps`: how many the generation has, if that was said; else the most that any of the last few had. `span`: how far
-    the time goes in the whole generation, where that is known; 0 if not."""
+    the time goes in the whole generation, where that is known; 0 if not. `learned`: it is fresh for no other reason than
+    that an input has just proved to be conditioning."""
 
     stream: Stream
     step: int
@@ -82,6 +83,7 @@ class Tick:
     repeats: bool = False
     steps: int | None = None
     span: float = 0.0
+    learned: bool = False
 
 
 class Clock:
@@ -166,7 +168,7 @@ class InferredClock(Clock):
         stream = self._match(evidence)
         if stream is not None and self._is_sibling(stream, evidence):
             stream = None
-        fresh = True
+        fresh, sound = True, False
         repeats |= stream is not None and stream.last is not None and _is_same_call(stream.last, evidence)
         if stream is None or not self._continues(stream, evidence):
             stream = self._begin(stream, evidence)
@@ -174,7 +176,8 @@ class InferredClock(Clock):
             # A first step repeated may be a generation begun again, and what was just learned may not be all.
             repeated = stream.step == 0 and evidence.time == stream.time
             leaped = self._latents_leaped(stream, evidence) or self._time_leaped(stream, evidence)
-            fresh = leaped or learned or repeated
+            sound = not leaped and not repeated
+            fresh = learned or not sound
         if stream.last is not None and evidence.time != stream.time:
             if stream.stride:
                 self._direction = math.copysign(1.0, stream.stride)
@@ -188,7 +191,7 @@ class InferredClock(Clock):
         self.live.sort(key=lambda s: s is stream)  # the one called last comes last
         usual = max(self._lengths) if len(self._lengths) == SHORT_IN_A_ROW else None
         span = evidence.way_since(stream.first)
-        self.now = Tick(stream, stream.step, fresh, evidence.time, repeats, usual, span)
+        self.now = Tick(stream, stream.step, fresh, evidence.time, repeats, usual, span, learned and sound)
         return self.now
 
     def finish(self) -> None:

@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from .clock import Tick
 from .config import ForecastOptions
 from .judge import Judge
 
@@ -65,6 +66,14 @@ class History:
             self.error = self.refreshed = self.damping = None
             if self.judge is not None:
                 self.judge.begin()
+
+    def is_over(self, tick: Tick) -> bool:
+        """Whether this step has nothing to do with those remembered.
+
+        Where the clock has only just learned what conditioning is, they may be another stream's: a judge finds that out
+        before it allows a forecast, and so the first generation is as any later one.
+        """
+        return tick.fresh and not (tick.learned and self.judge is not None)
 
     def keep(self, moment: float, computed: Sequence[torch.Tensor], span: float) -> Outputs:
         """Outputs of a computed step as they are to be returned, after they were recorded as they were computed."""

@@ -203,6 +203,10 @@ class Report:
             lines.append(f"{kind:<10} {taken} of {len(sites)} {what}{how}")
         lines += [f"forecast   {line}" for line in self._forecasts()]
         if self.runs_whole:
+            always = self.config.schedule.warmup
+            if self.config.forecast.tolerance is not None:  # so many tell a forecast, and one more how good it was
+                always = max(always, self.config.forecast.order + 2)
+            lines.append(f"           a generation's first {always} steps are always computed")
             lines.append("deltas     none beside such forecasts; {'schedule.refresh_every': 5} would run them instead")
         else:
             lines += self._deltas()

@@ -219,7 +219,7 @@ class Runner(_Called):
                 return self._stay_dense(programs, owner, args)
             states[key] = state
         history = self._history(owner.root, states)
-        if history is not None and tick.fresh:
+        if history is not None and history.is_over(tick):
             history.filled = False
         due = self._due(history, state, tick)
         learns = due is Program.REFRESH and history is not None and self._learns(history, tick)
@@ -243,7 +243,7 @@ class Runner(_Called):
 
     def _run_whole(self, owner: Owner, tick: Tick, history: History, args: Sequence):
         """A step that is forecast, or the dense model: no deltas, and so no state."""
-        if tick.fresh:
+        if history.is_over(tick):
             history.filled = False
         may = not tick.fresh and self._between(history, tick, Program.DENSE) is Program.FORECAST
         if self._ranks.agree(Program.FORECAST if may else Program.DENSE).program is Program.FORECAST:

@@ -113,6 +113,13 @@ def test_a_tolerance_of_one_s_own_keeps_the_rest_of_the_preset():
     assert fixed.forecast.tolerance is None and fixed.forecast.refresh_every is None
 
 
+@pytest.mark.parametrize("steps", [1, 2, 3, 4])
+def test_a_generation_of_few_steps_is_all_computed(steps, uncompiled):
+    model, loop = toy(), Loop(steps=steps)
+    outputs = loop.run(compiled(model, preset("balanced")))
+    assert ran() == {"dense": steps} and worst(outputs, loop.run(model)) == 0.0
+
+
 def test_deltas_between_forecasts_have_a_cadence_of_their_own(uncompiled):
     options = preset("balanced", **{"forecast.refresh_every": 3})
     Loop(steps=STEPS).run(acquainted(toy(), options))
@@ -150,6 +157,21 @@ def test_streams_are_kept_apart_and_generations_begin_anew(uncompiled):
         assert worst(stream, expected) < 1e-6
 
 
+@pytest.mark.parametrize("streams", [1, 2])
+@pytest.mark.parametrize("name", ["balanced", "fast"])
+def test_the_first_generation_is_as_any_later_one(name, streams, uncompiled):
+    """The same noise gives the same picture, though at first the clock has to learn what conditioning is."""
+    loops = [Loop(seed=seed, steps=STEPS) for seed in range(streams)]
+    fast, made, counted = compiled(toy(), preset(name)), [], []
+    for _ in range(3):
+        chipmunk_compile.reset()
+        with torch.no_grad():
+            made.append([fast(*inputs) for calls in zip(*loops) for inputs in calls])
+        counted.append(ran())
+    assert counted[0] == counted[1] == counted[2] and counted[0]["forecast"] > STEPS // 3
+    assert all(a.equal(b) for other in made[1:] for a, b in zip(made[0], other))
+
+
 def test_disabled_is_dense_and_the_next_step_builds_on_nothing_old(uncompiled):
     model, loop = toy(), Loop(steps=STEPS)
     fast = compiled(model, preset("balanced"))
@@ -169,6 +191,7 @@ def test_explain_says_that_nothing_is_sparse_then():
     report = chipmunk_compile.explain(toy(), *next(iter(Loop())), options=preset("balanced"))
     text = report.to_text()
     assert report.runs_whole and "0.40% of error in the latents; the others run whole" in text
+    assert "first 3 steps are always computed" in text
     assert "2 of 2 can run sparse" in text and "a delta step does" not in text
     sparse = chipmunk_compile.explain(toy(), *next(iter(Loop())), options=preset("balanced", **{"mlp.sparsity": 0.5}))
     assert not sparse.runs_whole and "2 of 2 accelerated" in sparse.to_text()
