@@ -27,7 +27,7 @@ import torch
 
 from chipmunk_compile.passes.reasons import Reason
 from tests.zoo import STEPS, ZOO
-from tests.zoo.coverage import KINDS, MIN_TOKENS, NOT_CAPTURED, NOT_SEEN, cover
+from tests.zoo.coverage import KINDS, MIN_TOKENS, NOT_CAPTURED, NOT_SEEN, InductorFails, cover
 
 HERE = pathlib.Path(__file__).parent
 RESULTS, TABLE = HERE / "results" / "coverage.json", HERE.parent / "docs" / "coverage.md"
@@ -57,6 +57,8 @@ def main() -> None:
         started = time.perf_counter()
         try:
             row = cover(ZOO[name], arguments.inductor).to_dict()
+        except InductorFails as error:
+            row = {"inductor_fails": str(error)[:200]}
         except Exception as error:  # the table says so; the other models still run
             row = {"failed": f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"}
         row["seconds"] = round(time.perf_counter() - started, 1)
@@ -94,7 +96,8 @@ counts is what the *eager* model calls, found by watching its functions: **atten
 {MIN_TOKENS} tokens whose keys depend on the latents, without a mask or with a key mask; **MLP** is linear maps with
 something elementwise and not affine between them (two-layer, gated, or fused with attention), over at least as many
 tokens of the latents. Text, pooled conditions and timesteps are in neither. **error** is the largest difference to the
-dense model over its largest value; *compiled* is the same with every program through Inductor.
+dense model over its largest value; *compiled* is the same with every program through Inductor ("Inductor fails":
+`torch.compile(model)` does by itself).
 
 {_totals(results)}
 
@@ -118,6 +121,7 @@ def _row(name: str, modes: dict) -> list[str]:
     if "failed" in row:
         return [name, "-", "-", "-", "-", "-", f"failed: {row['failed']}", ""]
     compiled = modes.get("inductor", {})
+    fails = "Inductor fails" if "inductor_fails" in compiled else "-"
     return [
         name,
         str(row["graphs"]),
@@ -125,7 +129,7 @@ def _row(name: str, modes: dict) -> list[str]:
         row["permutation"],
         row["clock"] or "-",
         f"{modes['graphs']['error']:.0e}" if "error" in modes.get("graphs", {}) else "-",
-        f"{compiled['error']:.0e}" if "error" in compiled else "-",
+        f"{compiled['error']:.0e}" if "error" in compiled else fails,
     ]
 
 
@@ -147,12 +151,14 @@ def _totals(results: dict) -> str:
         taken, of = (sum(row[key][kind] for row in rows) for key in ("accelerated", "of"))
         parts.append(f"{taken} of {of} {'MLPs' if kind == 'mlp' else 'attentions'} ({taken / max(of, 1):.1%})")
     mistaken = sum(len(row["mistaken"]) for row in rows)
-    exact = [row["error"] for row in rows if row["tolerance"] <= 1e-4]
-    rounded = [row["error"] for row in rows if row["tolerance"] > 1e-4]
+    compiled = [modes["inductor"] for modes in results.values() if "error" in modes.get("inductor", {})]
+    exact = [row["error"] for row in (*rows, *compiled) if row["tolerance"] <= 1e-4]
+    rounded = [row["error"] for row in (*rows, *compiled) if row["tolerance"] > 1e-4]
     return (
         f"{len(results)} models, {len(results) - len(rows)} failed. Accelerated: {' and '.join(parts)}; "
         f"{mistaken} cross-attentions or conditioning MLPs by mistake. Largest error {max(exact, default=0):.1e}, "
-        f"and {max(rounded, default=0):.1e} of those that round to bfloat16 themselves."
+        f"and {max(rounded, default=0):.1e} of those that round to bfloat16 themselves; {len(compiled)} models "
+        "with every program through Inductor."
     )
 
 

@@ -73,8 +73,8 @@ class Tick:
     """One forward of a model. `fresh`: state must be recomputed, whatever the schedule says. `time`: by the timestep,
     or by the step where that is not read. `repeats`: all that the clock sees is as it was in the call before.
     `steps`: how many the generation has, if that was said; else the most that any of the last few had. `span`: how far
-    the time goes in the whole generation, where that is known; 0 if not. `learned`: it is fresh for no other reason than
-    that an input has just proved to be conditioning."""
+    the time goes in the whole generation, where that is known; 0 if not. `learned`: it is fresh for no other reason
+    than that an input has just proved to be conditioning."""
 
     stream: Stream
     step: int

@@ -13,6 +13,7 @@ All act on the output of a whole forward, per stream:
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -43,6 +44,7 @@ class History:
     judge: Judge | None = None
     damping: list[torch.Tensor] | None = None  # of what a forecast adds to the last outputs, [] each
     waiting: list[float] = field(default_factory=list)  # moments forecast since the last computed one
+    settled: tuple[float, bool] = (math.nan, False)  # a moment, and whether its step is forecast (council.py)
     host_bytes = 0  # as states have it: none of this lies in host memory
 
     def __post_init__(self) -> None:
@@ -64,8 +66,15 @@ class History:
         if not value:
             self.moments, self.outputs, self.waiting = [], [], []
             self.error = self.refreshed = self.damping = None
+            self.settled = (math.nan, False)
             if self.judge is not None:
                 self.judge.begin()
+
+    @property
+    def last(self) -> float | None:
+        """The moment of the last step, computed or forecast."""
+        known = self.waiting or self.moments
+        return known[-1] if known else None
 
     def is_over(self, tick: Tick) -> bool:
         """Whether this step has nothing to do with those remembered.
@@ -116,6 +125,8 @@ class History:
     def forecast(self, moment: float) -> Outputs:
         """The outputs at `moment`, computed in float32 and rounded once."""
         self.waiting.append(moment)
+        if self.judge is not None:
+            self.judge.skip(moment, abs(moment - self.moments[-1]))
         last = self.outputs[-1]
         damping = self.damping or [1.0] * len(last)
         moves = self._moves(moment)

@@ -9,6 +9,8 @@ tolerance.
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 # Forecasts in a row.
@@ -41,17 +43,21 @@ class Judge:
         self._last, self._left, self._row = moment, 0.0, 0
 
     def allows(self, moment: float, gap: float) -> bool:
-        """Whether this step may be forecast over `gap`; if so, it counts as forecast. Reads the last error."""
-        if self._error is None or not self._gap or not self._span or self._row >= MOST:
+        """Whether this step may be forecast over `gap`. Reads the last error."""
+        if self._row >= MOST or moment == self._last:  # a time evaluated twice (Heun): no gap says anything of it
             return False
-        if moment == self._last:  # a time evaluated twice (Heun): errors over gaps say nothing of it
-            return False
+        return self._left_after(moment, gap) <= self.tolerance  # nor where it is not a number
+
+    def skip(self, moment: float, gap: float) -> None:
+        """This step is forecast over `gap`."""
+        self._left, self._row = self._left_after(moment, gap), self._row + 1
+        self._last = moment
+
+    def _left_after(self, moment: float, gap: float) -> float:
+        if self._error is None or not self._gap or not self._span:
+            return math.inf
         expected = self._error.value * (gap / self._gap) ** (self.order + 1)
-        left = self._left + expected * abs(moment - self._last) / self._span
-        if not left <= self.tolerance:  # nor where it is not a number
-            return False
-        self._last, self._left, self._row = moment, left, self._row + 1
-        return True
+        return self._left + expected * abs(moment - self._last) / self._span
 
 
 class _Arriving:

@@ -179,9 +179,7 @@ def _digest_of_ops() -> str:
     return hashlib.sha256(inspect.getsource(ops).encode()).hexdigest()[:16]
 
 
-def dense_program(
-    gm: fx.GraphModule, args: Sequence, config: Config, compiler: Compiler | None = None
-) -> Callable:
+def dense_program(gm: fx.GraphModule, args: Sequence, config: Config, compiler: Compiler | None = None) -> Callable:
     """What Inductor (or `compiler`) makes of Dynamo's graph, outside Dynamo, for the shapes of `args`."""
     compiled = (compiler or compile_graph)(_copy(gm), list(args), config)
 

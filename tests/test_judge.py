@@ -26,7 +26,15 @@ def judged(error: float, tolerance: float = 0.01, order: int = 1) -> Judge:
 
 def allowed(judge: Judge, moments=(0.7, 0.6, 0.5, 0.4, 0.3)) -> int:
     """Forecasts in a row."""
-    return next((n for n, m in enumerate(moments) if not judge.allows(m, 0.8 - m)), len(moments))
+    return next((n for n, m in enumerate(moments) if not takes(judge, m, 0.8 - m)), len(moments))
+
+
+def takes(judge: Judge, moment: float, gap: float) -> bool:
+    """Whether a step may be forecast; if so, it is."""
+    allowed = judge.allows(moment, gap)
+    if allowed:
+        judge.skip(moment, gap)
+    return allowed
 
 
 @pytest.mark.parametrize(
@@ -46,11 +54,11 @@ def test_times_may_be_of_any_unit():
         judge = Judge(0.01, 1)
         for moment, gap in ((1.0, None), (0.9, None), (0.8, 0.1)):
             judge.weigh(unit * moment, gap and unit * gap, torch.tensor(0.1 / 5.001), unit)
-        assert [judge.allows(unit * m, unit * (0.8 - m)) for m in (0.7, 0.6, 0.5)] == [True, True, False]
+        assert [takes(judge, unit * m, unit * (0.8 - m)) for m in (0.7, 0.6, 0.5)] == [True, True, False]
     counted = Judge(0.01, 1)
     for step in range(3):
         counted.weigh(step, 1.0, torch.tensor(0.1 / 5.001), 10)
-    assert [counted.allows(step, step - 2) for step in (3, 4, 5)] == [True, True, False]
+    assert [takes(counted, step, step - 2) for step in (3, 4, 5)] == [True, True, False]
 
 
 def test_what_is_not_known_is_not_forecast():
@@ -69,7 +77,7 @@ def test_a_time_evaluated_twice_is_not_forecast_from_itself():
     """Heun's second evaluation is of other latents: reusing the first would be an error that nobody measured."""
     judge = judged(0.0)
     assert not judge.allows(0.8, 0.0)
-    assert judge.allows(0.7, 0.1) and not judge.allows(0.7, 0.1)
+    assert takes(judge, 0.7, 0.1) and not judge.allows(0.7, 0.1)
 
 
 class Guided(ToyDiT):
@@ -143,20 +151,75 @@ def test_refreshes_are_counted_by_the_steps_that_are_computed():
     assert refresh == 2 + (refresh + delta - 1) // 3 - ((refresh + delta - 1) // 3 == 0)
 
 
-@pytest.mark.usefixtures("uncompiled")
-def test_streams_are_judged_apart_and_generations_anew():
-    options = {**SPARSE, "forecast.tolerance": 3e-3}
-    loops = [Loop(seed=1, steps=STEPS), Loop(seed=2, steps=STEPS)]
-    alone = [run(toy(), loop, **options)[0] for loop in loops]
-    compiled = acquainted(toy(), **options)
-    outputs = ([], [])
+def guided(compiled, loops, streams=lambda step: (0, 1)):
+    """Outputs of the calls of each step, and of each step what the calls ran. streams: those that a step calls."""
+    outputs, ran = [], []
     with torch.no_grad():
-        for pair in zip(*loops):
-            for mine, inputs in zip(outputs, pair):
-                mine.append(compiled(*inputs))
-    for mine, expected in zip(outputs, alone):
-        assert worst(mine, expected) < 1e-6
-    assert worst(loops[0].run(compiled), alone[0]) < 1e-6
+        for step, inputs in enumerate(zip(*loops)):
+            before = counts("refresh", "delta", "forecast")
+            outputs.append([compiled(*inputs[stream]) for stream in streams(step)])
+            after = counts("refresh", "delta", "forecast")
+            ran.append(tuple(now - then for now, then in zip(after, before)))
+    return outputs, ran
+
+
+def pair(**how):
+    return [Loop(seed=1, **how), Loop(seed=2, **how)]
+
+
+@pytest.mark.usefixtures("uncompiled")
+def test_streams_of_a_step_are_forecast_together():
+    """Errors of two outputs forecast alike cancel in the difference that guidance multiplies."""
+    compiled = acquainted(toy(), **EXACT, **{"forecast.tolerance": 3e-3})
+    for _ in range(2):
+        _, ran = guided(compiled, pair(steps=STEPS))
+        assert all(forecast in (0, 2) for _, _, forecast in ran)
+        assert sum(forecast for _, _, forecast in ran) > STEPS // 2
+
+
+@pytest.mark.usefixtures("uncompiled")
+def test_a_stream_hard_to_forecast_holds_the_other_up():
+    """A stream whose output jumps about is computed, and so is the one beside it, which alone would be a line."""
+
+    class Jumpy(ToyDiT):
+        def forward(self, x, t, prompt):
+            still = super().forward(torch.ones_like(x), torch.ones_like(t), torch.ones_like(prompt))
+            embedded = (t * 1000).sin() + (t * 1000).cos()
+            return still * t[:, None, None] + prompt.mean() * (embedded * 1e5).sin()[:, None, None]
+
+    torch.manual_seed(0)
+    model = Jumpy().eval().requires_grad_(False)
+    loops = pair(steps=STEPS)
+    loops[0].prompt.zero_()
+    loops[1].prompt.fill_(1.0)
+    options = {**EXACT, "forecast.tolerance": 1e-3}
+    compiled = acquainted(model, **options)
+    loops[0].run(compiled)
+    assert counts("forecast")[0] > STEPS // 2, "alone"
+    chipmunk_compile.reset()
+    _, ran = guided(compiled, loops)
+    assert sum(forecast for _, _, forecast in ran) == 0
+
+
+@pytest.mark.usefixtures("uncompiled")
+def test_a_stream_that_is_called_no_more_holds_nobody_up():
+    """Guidance over a part of the steps: the unconditional calls end, or begin later."""
+    compiled = acquainted(toy(), **EXACT, **{"forecast.tolerance": 3e-3})
+    for streams in (lambda step: (0, 1) if step < 8 else (0,), lambda step: (0, 1) if step >= 8 else (0,)):
+        _, ran = guided(compiled, pair(steps=STEPS), streams)
+        alone = [sum(programs) == 1 for programs in ran]
+        assert sum(f for (_, _, f), one in zip(ran, alone) if one) >= 2, "of 12, or of 8"
+        assert all(f in (0, 2) for (_, _, f), one in list(zip(ran, alone))[11:] if not one)
+
+
+@pytest.mark.usefixtures("uncompiled")
+def test_generations_are_judged_anew():
+    options = {**SPARSE, "forecast.tolerance": 3e-3}
+    loop = Loop(seed=1, steps=STEPS)
+    alone = run(toy(), loop, **options)[0]
+    compiled = acquainted(toy(), **options)
+    guided(compiled, pair(steps=STEPS))
+    assert worst(loop.run(compiled), alone) < 1e-6
 
 
 @pytest.mark.usefixtures("uncompiled")

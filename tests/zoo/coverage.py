@@ -71,11 +71,16 @@ class Coverage:
         return asdict(self)
 
 
+class InductorFails(Exception):
+    """torch.compile(model) by itself raises: there is nothing to compare with."""
+
+
 def cover(entry: Entry, inductor: bool = False) -> Coverage:
     """Runs `entry` for STEPS steps at sparsity 0 and compares with its dense self.
 
     inductor: programs are compiled, and the comparison is with torch.compile(model). Otherwise graphs run as they are,
     and the comparison is with the eager model: the same graphs and the same ops, in seconds.
+    Raises InductorFails where Inductor cannot compile the model.
     """
     model, inputs = entry.tiny()
     latents, times = ({name: inputs(1)[name] for name in names} for names in (entry.latents, entry.times))
@@ -91,11 +96,14 @@ def cover(entry: Entry, inductor: bool = False) -> Coverage:
 
 
 def _plain(model: torch.nn.Module, inputs: Callable, inductor: bool) -> list[list[Tensor]]:
-    dense = model
-    if inductor:
-        torch._dynamo.reset()
-        dense = torch.compile(model)
-    return [_cloned(dense(**inputs(step))) for step in range(STEPS)]
+    if not inductor:
+        return [_cloned(model(**inputs(step))) for step in range(STEPS)]
+    torch._dynamo.reset()
+    dense = torch.compile(model)
+    try:
+        return [_cloned(dense(**inputs(step))) for step in range(STEPS)]
+    except torch._inductor.exc.InductorError as error:
+        raise InductorFails(str(error).splitlines()[0]) from error
 
 
 class _Run:
