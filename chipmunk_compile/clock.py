@@ -49,6 +49,7 @@ class Stream:
     steady: set[int] | None = None  # positions that never changed in this stream
     history: list[dict[int, Fingerprint]] = field(default_factory=list)  # of each step, where content is compared
     settled: bool = False  # the inputs moved by small steps, once at least
+    ticks: int = 0  # ever
     dead: bool = False
 
     @property
@@ -84,6 +85,16 @@ class Tick:
     steps: int | None = None
     span: float = 0.0
     learned: bool = False
+    number: int = field(init=False)  # of the ticks of its stream
+
+    def __post_init__(self) -> None:
+        self.stream.ticks += 1
+        object.__setattr__(self, "number", self.stream.ticks)
+
+    @property
+    def is_past(self) -> bool:
+        """Whether the stream went on since: another thread's forward was taken for its next step."""
+        return self.number != self.stream.ticks
 
 
 class Clock:
@@ -137,7 +148,7 @@ class InferredClock(Clock):
         self._memory: deque[Evidence] = deque(maxlen=MEMORY)
         self._direction = 0.0
         self._interleaved = False
-        self._restless, self._ignore_latents = 0, False
+        self._restless = 0
         self._suspended: list[Stream] = []
         self._spare: list[dict] = []
         self._first_time = math.nan
@@ -262,11 +273,21 @@ class InferredClock(Clock):
         return bool(stream.stride) and abs(evidence.time - stream.time) > TIME_LEAP * abs(stream.stride)
 
     def _latents_leaped(self, stream: Stream, evidence: Evidence) -> bool:
-        """The one input that varies is unrelated to what it was: another noise, though prompt and time go on."""
-        changed, leaped, _ = self._changes(stream, evidence)
-        self._restless = self._restless + 1 if changed == leaped == 1 else 0
-        self._ignore_latents |= self._restless > RESTLESS
-        return changed == leaped == 1 and not self._ignore_latents
+        """The one input that varies is unrelated to what it was: another noise, though prompt and time go on.
+
+        Not where it always is: then it is unrelated to all that was seen at other times. Of two pictures denoised by
+        turns each goes on from one of those.
+        """
+        if not self._is_another(stream.last, evidence):
+            self._restless = 0
+            return False
+        new = all(self._is_another(past, evidence) for past in self._memory if past.time != evidence.time)
+        self._restless = self._restless + 1 if new else 0
+        return self._restless <= RESTLESS
+
+    def _is_another(self, past: Evidence, evidence: Evidence) -> bool:
+        changed, leaped, _ = past.changes(evidence, set(range(len(evidence))) - self.conditioning)
+        return changed == leaped == 1
 
     def _changes(self, stream: Stream, evidence: Evidence) -> tuple[int, int, float]:
         return stream.last.changes(evidence, set(range(len(evidence))) - self.conditioning)

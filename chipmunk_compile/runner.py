@@ -203,6 +203,8 @@ class Runner(_Called):
         if owner.root.forward.layers < self._dense_until or self._is_too_short(tick):
             states.pop(key, None)
             return self._stay_dense(programs, owner, args)
+        if tick.is_past:  # what lies in the state may be another thread's, and it will read there what it wrote
+            return self._stay_dense(programs, owner, args)
         state = states.get(key)
         if early is not None:
             if state is not None and early.is_of(tick, state):
