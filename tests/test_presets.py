@@ -69,7 +69,6 @@ def test_bolder_presets_compute_less(uncompiled):
         Loop(steps=50).run(compiled(toy(), preset(name)))
         work.append(sum(ran().get(program, 0) for program in ("dense", "refresh")))
     assert work == sorted(work, reverse=True) and work[0] > work[-1]
-    assert ran()["delta"] >= 2, "the boldest runs deltas between forecasts"
 
 
 def test_a_model_in_pieces_runs_deltas(uncompiled):
@@ -156,11 +155,12 @@ def test_streams_are_kept_apart_and_generations_begin_anew(uncompiled):
 
 
 @pytest.mark.parametrize("streams", [1, 2])
-@pytest.mark.parametrize("name", ["balanced", "fast"])
-def test_the_first_generation_is_as_any_later_one(name, streams, uncompiled):
+@pytest.mark.parametrize("refresh_every", [1, 2])
+def test_the_first_generation_is_as_any_later_one(refresh_every, streams, uncompiled):
     """The same noise gives the same picture, though at first the clock has to learn what conditioning is."""
     loops = [Loop(seed=seed, steps=STEPS) for seed in range(streams)]
-    fast, made, counted = compiled(toy(), preset(name)), [], []
+    options = preset("balanced", **{"forecast.refresh_every": refresh_every})
+    fast, made, counted = compiled(toy(), options), [], []
     for _ in range(3):
         chipmunk_compile.reset()
         with torch.no_grad():
