@@ -159,8 +159,8 @@ class Config:
 
 
 # Points on the frontier of docs/quality.md. Where steps can be forecast (one graph that tells the time), forecasts as
-# far as they prove good are the best there is; models in pieces run deltas. "exact" computes every column, so it differs
-# from dense by rounding alone.
+# far as they prove good are the best there is; models in pieces run deltas. "exact" computes every column, so it
+# differs from dense by rounding alone.
 PRESETS: dict[str, dict[str, Any]] = {
     "exact": {"attention.sparsity": 0.0, "mlp.sparsity": 0.0},
     "quality": {

@@ -199,8 +199,8 @@ class Report:
             sites = [s for s in self.sites if s.kind == kind]
             taken = sum(s.accelerated for s in sites)
             how = f", {options.sparsity:.1%} sparse, chunks of {options.chunk} tokens" if taken else ""
-            what = "can run sparse" if self.runs_whole else "accelerated"
-            lines.append(f"{kind:<10} {taken} of {len(sites)} {what}{how}")
+            what = "could run sparse" if self.runs_whole else f"accelerated{how}"
+            lines.append(f"{kind:<10} {taken} of {len(sites)} {what}")
         lines += [f"forecast   {line}" for line in self._forecasts()]
         if self.runs_whole:
             always = self.config.schedule.warmup
@@ -210,8 +210,8 @@ class Report:
             lines.append("deltas     none beside such forecasts; {'schedule.refresh_every': 5} would run them instead")
         else:
             lines += self._deltas()
-        lines.append(f"order      {self.permutation}")
-        lines += [f"           {line}" for line in self.permutation.lines()]
+            lines.append(f"order      {self.permutation}")
+            lines += [f"           {line}" for line in self.permutation.lines()]
         lines.append(f"clock      {self._clock()}")
         if (ranks := max((g.ranks for g in self.graphs), default=1)) > 1:
             lines.append(f"ranks      {ranks} exchange tokens; before each call they agree on its program")

@@ -186,8 +186,9 @@ def test_a_pipeline_with_guidance_by_two_calls(uncompiled):
     options = {**SMALL, "min_tokens": 16}
     found = chipmunk_compile.calibrate(model, run, 110.0, options=options, settings=[sparse], progress=False)
     assert (found.steps, found.streams, found.model) == (8, 2, "WanTransformer3DModel")
-    # R R f d f d f R, of two streams; of one the clock is not sure at step 1, so there is no line at step 2 yet
-    assert found.trials[0].calls == {"refresh": 6, "delta": 5, "forecast": 5}
+    # R R f d f d f R, of two streams; of one the clock is not sure at step 1, so there is no line at step 2 yet, and
+    # where one stream is computed, so is the other
+    assert found.trials[0].calls == {"refresh": 6, "delta": 6, "forecast": 4}
     assert found.trials[0].psnr < 110
     assert found.trials[-1].psnr > found.trials[0].psnr + 10  # every column computed
 

@@ -116,7 +116,7 @@ class Bench:
             seconds.append(own)
             made.append(latents)
         after = chipmunk_compile.counters()
-        ran = {name: (after[name] - before[name]) // self.parts for name in ("refresh", "delta", "forecast")}
+        ran = {name: (after[name] - before[name]) // self.parts for name in ("dense", "refresh", "delta", "forecast")}
         ratio = statistics.median(dense) / statistics.median(seconds)
         return {
             "model": self.args.model, "method": method.name, "setting": method.setting, "label": method.label,
