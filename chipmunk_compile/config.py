@@ -161,21 +161,13 @@ class Config:
 # Points on the frontier of docs/quality.md. Where steps can be forecast (one graph that tells the time), forecasts as
 # far as they prove good are the best there is; models in pieces run deltas. "exact" computes every column, so it
 # differs from dense by rounding alone.
+_OTHERS_WHOLE = {"forecast.repay": True, "forecast.refresh_every": 1}
 PRESETS: dict[str, dict[str, Any]] = {
     "exact": {"attention.sparsity": 0.0, "mlp.sparsity": 0.0},
-    "quality": {
-        "attention.sparsity": 0.835, "mlp.sparsity": 0.7, "schedule.refresh_every": 3,
-        "forecast.tolerance": 0.001, "forecast.repay": True, "forecast.refresh_every": 1,
-    },
-    "balanced": {
-        "attention.sparsity": 0.835, "mlp.sparsity": 0.7, "schedule.refresh_every": 5,
-        "forecast.tolerance": 0.004, "forecast.repay": True, "forecast.refresh_every": 1,
-    },
-    "fast": {
-        "attention.sparsity": 0.835, "mlp.sparsity": 0.7, "schedule.refresh_every": 8,
-        "forecast.tolerance": 0.016, "forecast.repay": True, "forecast.refresh_every": 1,
-    },
-}  # fmt: skip
+    "quality": {"schedule.refresh_every": 3, "forecast.tolerance": 0.001, **_OTHERS_WHOLE},
+    "balanced": {"schedule.refresh_every": 5, "forecast.tolerance": 0.004, **_OTHERS_WHOLE},
+    "fast": {"schedule.refresh_every": 8, "forecast.tolerance": 0.016, **_OTHERS_WHOLE},
+}
 # Options that say how deltas are to be: beside any of them a preset's forecasts, which leave none, do not count.
 _OF_DELTAS = ("attention.", "mlp.", "schedule.refresh_", "schedule.compute_every", "forecast.residual")
 

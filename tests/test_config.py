@@ -19,7 +19,7 @@ def test_every_preset_is_valid(preset):
 def test_options_are_laid_over_the_preset_whatever_their_order():
     config = Config.from_options({"attention.sparsity": 0.5, "preset": "fast"})
     assert config.attention.sparsity == 0.5
-    assert config.mlp.sparsity == PRESETS["fast"]["mlp.sparsity"]
+    assert config.schedule.refresh_every == PRESETS["fast"]["schedule.refresh_every"]
 
 
 @pytest.mark.parametrize(

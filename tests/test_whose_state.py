@@ -9,9 +9,10 @@ import pytest
 import torch
 
 import chipmunk_compile
+from chipmunk_compile.backend import chipmunk
 from chipmunk_compile.programs import Programs
 from chipmunk_compile.schedule import Program
-from tests.toy_dit import Loop, ToyDiT, compile_toy, toy
+from tests.toy_dit import Loop, ToyDiT, compile_toy, toy, worst
 
 SPARSE = {"attention.sparsity": 0.6, "mlp.sparsity": 0.6}
 STEPS = 10
@@ -111,6 +112,22 @@ def test_two_pictures_by_turns_on_schedules_that_interleave(writers, second, tur
                 writers.call(name, compiled, inputs)
             del waiting[:turns]
     assert not writers.foreign
+
+
+@pytest.mark.parametrize("second", [{"start": 0.97}, {"steps": 9}], ids=str)
+@pytest.mark.parametrize("turns", [1, 2, 3])
+def test_no_forecast_builds_on_another_picture(writers, second, turns):
+    """As above, where steps are forecast and others run whole: each picture's outputs stay near to its own."""
+    model, loops = toy(), dict(zip("AB", pictures(**second)))
+    compiled = torch.compile(model, backend=chipmunk, options={"min_tokens": 8})
+    queues, made = {name: list(loop) for name, loop in loops.items()}, {"A": [], "B": []}
+    while any(queues.values()):
+        for name, waiting in queues.items():
+            made[name] += [writers.call(name, compiled, inputs) for inputs in waiting[:turns]]
+            del waiting[:turns]
+    for name, loop in loops.items():
+        assert worst(made[name], loop.run(model)) < 0.05, "the other picture's are off by more than 0.2"
+    assert worst(loops["A"].run(model)[:9], loops["B"].run(model)[:9]) > 0.2
 
 
 @pytest.mark.parametrize("broken", [False, True])

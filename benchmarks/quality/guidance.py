@@ -17,13 +17,15 @@ import torch
 from torch import Tensor
 
 from chipmunk_compile.config import ForecastOptions
+from chipmunk_compile.council import may_forecast, settle
 from chipmunk_compile.forecast import History
 
 from . import checkpoints, metrics
-from .sampling import captions, pictures_of, schedule, starting_noise
+from .sampling import captions, generate, pictures_of, starting_noise
 from .subjects import IMAGE
 
 WARMUP = 2
+WAY = 1000.0  # of the timesteps, from the first to 0
 
 
 def main() -> None:
@@ -39,45 +41,41 @@ def main() -> None:
     subject = replace(IMAGE, size=args.size)
     model = checkpoints.load_weights(args.checkpoint, torch.device("cpu"), torch.float32)
     noise = starting_noise(subject, args.pictures, 1, "cpu")
-    texts = captions(subject, args.pictures, 1).float()
-    texts = (texts, torch.zeros_like(texts))
+    text = captions(subject, args.pictures, 1)
+
+    def denoise(called, guidance: float) -> Tensor:
+        return pictures_of(generate(called, subject, noise, text, args.steps, torch.float32, guidance))
+
     print("| guidance | tolerance | apart | together |\n|---|---|---|---|")
     for guidance in args.guidance:
-        dense, _ = generate(model, subject, noise, texts, guidance, args.steps)
+        dense = denoise(model, guidance)
         for tolerance in args.tolerance:
             cells = []
             for together in (False, True):
-                options = ForecastOptions(tolerance=tolerance, order=args.order, repay=True)
-                made, computed = generate(model, subject, noise, texts, guidance, args.steps, options, together)
-                psnr = metrics.psnr(pictures_of(made), pictures_of(dense)).mean()
-                cells.append(f"{psnr:.1f} dB, {computed:g} of {args.steps} computed")
+                streams = Streams(model, ForecastOptions(tolerance=tolerance, order=args.order, repay=True), together)
+                psnr = metrics.psnr(denoise(streams, guidance), dense).mean()
+                cells.append(f"{psnr:.1f} dB, {streams.computed / 2:g} of {args.steps} computed")
             print(f"| {guidance:g} | {tolerance:g} | {cells[0]} | {cells[1]} |", flush=True)
 
 
-@torch.no_grad()
-def generate(
-    model, subject, noise: Tensor, texts: tuple[Tensor, Tensor], guidance: float, steps: int,
-    forecast: ForecastOptions | None = None, together: bool = True,
-) -> tuple[Tensor, float]:  # fmt: skip
-    """Latents like `noise`, and how many steps were computed, on the mean of both streams; all if not `forecast`."""
-    levels = schedule(steps, subject.shift)
-    streams = [History(forecast) for _ in texts] if forecast else []
-    latents, calls = noise, 0
-    for level, after in zip(levels, levels[1:]):
-        moment, outputs = 1000 * level, []
-        may = [stream.judge.computed >= WARMUP and stream.reaches(moment) for stream in streams]
-        if together:
-            may = [all(may)] * len(may)
-        for number, text in enumerate(texts):
-            if streams and may[number]:
-                outputs += streams[number].forecast(moment)
-                continue
-            times = torch.full((len(noise),), moment)
-            computed = model(hidden_states=latents, timestep=times, encoder_hidden_states=text, return_dict=False)[0]
-            outputs += streams[number].keep(moment, [computed], 1000.0) if streams else [computed]
-            calls += 1
-        latents = latents + (after - level) * torch.lerp(outputs[1], outputs[0], guidance)
-    return latents, calls / len(texts)
+class Streams:
+    """The model, called with and without a caption; each of the two is a stream. computed: calls that ran the model."""
+
+    def __init__(self, model: torch.nn.Module, forecast: ForecastOptions, together: bool) -> None:
+        self.model, self.together, self.computed = model, together, 0
+        self._histories = {True: History(forecast), False: History(forecast)}
+
+    def __call__(self, *, timestep: Tensor, encoder_hidden_states: Tensor, **inputs) -> tuple[Tensor]:
+        moment, captioned = timestep[0].item(), bool(encoder_hidden_states.any())
+        history, other = self._histories[captioned], self._histories[not captioned]
+        others = [other] if self.together and other.filled and other.last == history.last else []
+        forecast = history.judge.computed >= WARMUP and may_forecast(history, others, moment)
+        settle(others, moment, forecast)
+        if forecast:
+            return tuple(history.forecast(moment))
+        self.computed += 1
+        computed = self.model(timestep=timestep, encoder_hidden_states=encoder_hidden_states, **inputs)
+        return tuple(history.keep(moment, computed, WAY))
 
 
 if __name__ == "__main__":

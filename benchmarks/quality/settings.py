@@ -72,9 +72,10 @@ class Builder:
 
     def _ours_judged(self) -> Iterator[Method]:
         """Forecasts as far as they prove good, alone and with sparse deltas between refreshes."""
-        for tolerance in (0.0005, 0.001, 0.002, 0.004, 0.008, 0.016, 0.03, 0.06):
-            for repay in (True, False):
-                yield self.ours(**DENSE, forecast__tolerance=tolerance, forecast__repay=repay)
+        for tolerance in (0.0005, 0.002, 0.008, 0.03, 0.06):  # 0.001, 0.004 and 0.016 are presets
+            yield self.ours(forecast__tolerance=tolerance)
+        for tolerance in (0.001, 0.004):
+            yield self.ours(forecast__tolerance=tolerance, forecast__repay=False)
         for refresh in (2, 3):
             for tolerance in (0.001, 0.004, 0.016):
                 yield self.ours(mlp__sparsity=None, schedule__refresh_every=refresh, forecast__tolerance=tolerance,
