@@ -13,14 +13,15 @@ from .clock import Stream
 from .forecast import History
 
 
-def others_of(history: History, stream: Stream, live: Iterable[Stream], key: Hashable) -> list[History]:
-    """What is remembered of the other streams that took part in the step before: under `key` in their states.
+def others_of(history: History | None, stream: Stream, live: Iterable[Stream], key: Hashable) -> list[History]:
+    """What is remembered of the other streams that took part in the step before: under `key` in their states. None of
+    them where nothing is remembered of this one.
 
     Two pipelines side by side may be at one timestep too. Their streams then wait for one another, which is a step
     computed more at times, and never one less.
     """
     found = []
-    for other in live:
+    for other in live if history is not None else ():
         theirs = other.states.get(key)
         if other is not stream and theirs is not None and theirs.filled and theirs.last == history.last:
             found.append(theirs)
@@ -37,6 +38,6 @@ def may_forecast(history: History, others: Iterable[History], moment: float) -> 
 
 
 def settle(others: Iterable[History], moment: float, forecast: bool) -> None:
-    """What this step is, for the streams that are still to be called."""
+    """What this step is, for the streams that are still to be called. Said once all ranks agree on it."""
     for other in others:
         other.settled = (moment, forecast)

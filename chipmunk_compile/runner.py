@@ -224,9 +224,11 @@ class Runner(_Called):
         history = self._history(owner.root, states)
         if history is not None and history.is_over(tick):
             history.filled = False
-        due = self._due(owner.root, history, state, tick)
+        others = others_of(history, tick.stream, owner.root.forward.clock.live, self)
+        due = self._due(others, history, state, tick)
         learns = due is Program.REFRESH and history is not None and self._learns(history, tick)
         program, beside, alike = self._ranks.agree(due, learns, programs.plan.order)
+        settle(others, tick.time, program is Program.FORECAST)
         if not alike:
             self._keep_order(tick)
         if program is Program.DENSE:  # another rank is
@@ -248,8 +250,11 @@ class Runner(_Called):
         """A step that is forecast, or the dense model: no deltas, and so no state."""
         if history.is_over(tick):
             history.filled = False
-        may = not tick.fresh and self._between(owner.root, history, tick, Program.DENSE) is Program.FORECAST
-        if self._ranks.agree(Program.FORECAST if may else Program.DENSE).program is Program.FORECAST:
+        others = others_of(history, tick.stream, owner.root.forward.clock.live, self)
+        may = not tick.fresh and self._between(others, history, tick, Program.DENSE) is Program.FORECAST
+        forecast = self._ranks.agree(Program.FORECAST if may else Program.DENSE).program is Program.FORECAST
+        settle(others, tick.time, forecast)
+        if forecast:
             telemetry.count("forecast")
             outputs = history.forecast(tick.time)
         else:
@@ -265,16 +270,16 @@ class Runner(_Called):
         self._by_grid.clear()
         tick.stream.programs.pop(self, None)
 
-    def _due(self, root: Root, history: History | None, state: State, tick: Tick) -> Program:
-        """What this step runs."""
+    def _due(self, others: list[History], history: History | None, state: State, tick: Tick) -> Program:
+        """What this step runs. others: of the step's other streams, which are forecast with it or not at all."""
         if tick.fresh or not state.filled:
             return Program.REFRESH
         if history is None:
             due = program_at(tick.step, self._config.schedule)
             return Program.DELTA if due is Program.FORECAST else due
-        return self._between(root, history, tick, Program.DELTA)
+        return self._between(others, history, tick, Program.DELTA)
 
-    def _between(self, root: Root, history: History, tick: Tick, unforeseen: Program) -> Program:
+    def _between(self, others: list[History], history: History, tick: Tick, unforeseen: Program) -> Program:
         """What this step runs where steps may be forecast, `unforeseen` where this one is due for it and cannot be.
 
         Where forecasts are judged, the computed steps are the ones counted for refreshes.
@@ -283,10 +288,7 @@ class Runner(_Called):
         step = tick.step if judge is None else judge.computed
         due = program_at(step, self._schedule)
         may_wait = due is Program.FORECAST if judge is None else step >= self._schedule.warmup
-        others = others_of(history, tick.stream, root.forward.clock.live, self)
-        forecast = may_wait and may_forecast(history, others, tick.time)
-        settle(others, tick.time, forecast)
-        if forecast:
+        if may_wait and may_forecast(history, others, tick.time):
             return Program.FORECAST
         return unforeseen if due is Program.FORECAST else due
 

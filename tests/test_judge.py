@@ -9,6 +9,8 @@ import chipmunk_compile
 from chipmunk_compile.config import ForecastOptions
 from chipmunk_compile.forecast import History
 from chipmunk_compile.judge import MOST, Judge
+from chipmunk_compile.ranks import Agreement, Ranks
+from chipmunk_compile.schedule import Program
 from tests.test_forecast import EXACT, SPARSE, acquainted, counts, linear
 from tests.toy_dit import SMALL, Loop, ToyDiT, compile_toy, toy, worst
 
@@ -175,6 +177,27 @@ def test_streams_of_a_step_are_forecast_together():
         _, ran = guided(compiled, pair(steps=STEPS))
         assert all(forecast in (0, 2) for _, _, forecast in ran)
         assert sum(forecast for _, _, forecast in ran) > STEPS // 2
+
+
+@pytest.mark.usefixtures("uncompiled")
+@pytest.mark.parametrize("whole", [False, True])
+def test_what_other_ranks_decide_holds_for_all_streams(monkeypatch, whole):
+    """Another rank computes one stream of each step: this one computes both, though it would forecast them."""
+    wished, most = [], Program.DENSE if whole else Program.REFRESH
+
+    class Overruling(Ranks):
+        def agree(self, program, beside=False, order=0):
+            wished.append(program)
+            first = len(wished) % 2 == 1
+            return Agreement(most if first else program, False)
+
+    monkeypatch.setattr("chipmunk_compile.runner.ranks_of", lambda gm: Overruling())
+    between = {"forecast.refresh_every": 1} if whole else {}
+    compiled = acquainted(toy(), **EXACT, **{"forecast.tolerance": 3e-3}, **between)
+    wished.clear()
+    _, ran = guided(compiled, pair(steps=STEPS))
+    assert Program.FORECAST in wished[::2], "the first stream of a step might have been"
+    assert all(forecast == 0 for _, _, forecast in ran)
 
 
 @pytest.mark.usefixtures("uncompiled")
