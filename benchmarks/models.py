@@ -90,7 +90,8 @@ class Bench:
                 common |= dense
                 for row in rows.values():  # at once: what comes next may be cut off
                     row |= common
-                    self.results.add(report.rounded(row))
+                    if "dense_ms" in row:
+                        self.results.add(report.rounded(row))
             for name in missing:
                 if name == "forecast" and found["table"] and not last:
                     continue  # what a layer costs is known; a forecast runs none

@@ -15,11 +15,12 @@ import chipmunk_compile
 from benchmarks import models_timing as timing
 from benchmarks.models_zoo import STEPS, Loop, Subject, build, small
 from chipmunk_compile.backend import chipmunk  # the string names the same, where the package is installed
+from chipmunk_compile.config import Config
 
 log = logging.getLogger("models")
 ENOUGH_S = 8.0  # of timed steps of one kind
-# The first steps of a generation, so many that each program ran: R R d d d, and R R f d f d f d.
-STEPS_PLAIN, STEPS_FORECAST = 5, 8
+# The first steps of a generation, so many that each program ran: R R d d d, and R R d d d d d f d.
+STEPS_PLAIN, STEPS_FORECAST = 5, 9
 
 
 class Depth:
@@ -74,7 +75,7 @@ class Depth:
 
     def ours(self, options: dict, brief: bool) -> dict:
         """Columns of the model that our backend compiled. brief: milliseconds alone."""
-        steps = STEPS_FORECAST if options.get("schedule.compute_every", 1) > 1 else STEPS_PLAIN
+        steps = STEPS_FORECAST if Config.from_options(options).forecasts else STEPS_PLAIN
         log.info("ours: %s", options)
         ours = torch.compile(self.model, backend=chipmunk, dynamic=False, options=options)
 
@@ -138,9 +139,6 @@ class Depth:
             "delta_to_dense": relative(output, dense), "last_refresh_to_dense": relative(before, dense),
             "dense_by": "eager" if self._dense is None else "Inductor", "age": steps - 2,
         }  # fmt: skip
-        if steps == STEPS_FORECAST:  # a forecast comes next
-            self._run(compiled, loop.step(steps))
-            steps += 1
         counted = chipmunk_compile.counters()["delta"]
         parts = timing.profile(lambda: self._run(compiled, loop.step(steps)), self.device, self.subject.hidden)
         assert not parts or chipmunk_compile.counters()["delta"] == counted + self.subject.calls

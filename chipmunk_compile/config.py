@@ -50,6 +50,8 @@ class ScheduleOptions:
     """This many first steps are refreshes: the picture is decided there."""
     compute_every: int = 1
     """After the warm-up one step in so many is computed, and counted for refreshes; the others are forecast."""
+    forecast_at: tuple[int, ...] | None = None
+    """Steps of a generation, from 0, that are forecast instead: (7, 11, 13). The warm-up is computed in any case."""
 
 
 @dataclass(frozen=True)
@@ -125,16 +127,21 @@ class Config:
             config = _set(config, name, RULES[name](name, value))
         if config.streams is not None and config.steps is None:
             raise OptionError("streams says how many calls make one step; give steps too")
-        if config.forecast.tolerance is not None and config.schedule.compute_every > 1:
-            raise OptionError(
-                "forecast.tolerance and schedule.compute_every both say which steps are computed: give one"
-            )
+        which = {
+            "forecast.tolerance": config.forecast.tolerance is not None,
+            "schedule.compute_every": config.schedule.compute_every > 1,
+            "schedule.forecast_at": config.schedule.forecast_at is not None,
+        }
+        if sum(which.values()) > 1:
+            given = " and ".join(name for name, is_given in which.items() if is_given)
+            raise OptionError(f"{given} both say which steps are computed: give one")
         return config
 
     @property
     def forecasts(self) -> bool:
         """Whether steps may go uncomputed."""
-        return self.schedule.compute_every > 1 or self.forecast.tolerance is not None
+        schedule = self.schedule
+        return schedule.compute_every > 1 or bool(schedule.forecast_at) or self.forecast.tolerance is not None
 
     @property
     def between_forecasts(self) -> ScheduleOptions:
@@ -169,7 +176,9 @@ PRESETS: dict[str, dict[str, Any]] = {
     "fast": {"schedule.refresh_every": 8, "forecast.tolerance": 0.016, **_OTHERS_WHOLE},
 }
 # Options that say how deltas are to be: beside any of them a preset's forecasts, which leave none, do not count.
-_OF_DELTAS = ("attention.", "mlp.", "schedule.refresh_", "schedule.compute_every", "forecast.residual")
+_OF_DELTAS = (
+    "attention.", "mlp.", "schedule.refresh_", "schedule.compute_every", "schedule.forecast_at", "forecast.residual",
+)  # fmt: skip
 
 CHUNKS = (32, 64, 128, 192)
 UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
@@ -344,6 +353,7 @@ RULES: dict[str, Callable[[str, Any], Any]] = {
     "schedule.refresh_at": _steps,
     "schedule.warmup": _at_least(1),
     "schedule.compute_every": _at_least(1),
+    "schedule.forecast_at": _steps,
     "forecast.order": _order_of_forecast,
     "forecast.tolerance": _tolerance,
     "forecast.repay": _switch,

@@ -248,6 +248,8 @@ class Report:
         every, tolerance = self.config.schedule.compute_every, self.config.forecast.tolerance
         if tolerance is not None:
             which = f"as many steps in a row as leave under {tolerance:.2%} of error in the latents"
+        elif self.config.schedule.forecast_at:
+            which = f"steps {', '.join(map(str, self.config.schedule.forecast_at))}"
         elif every > 1:
             which = f"all but one step in {every} after the first ones"
         else:

@@ -23,6 +23,8 @@ def program_at(step: int, schedule: ScheduleOptions) -> Program:
         warmup=2, refresh_every=3                     R R d R d d R d d R d d
         warmup=2, refresh_every=3, compute_every=2    R R f d f R f d f d f R
 
+        warmup=2, refresh_every=3, forecast_at=(4, 5) R R d R f f d d R d d R
+
         warmup=2, refresh_at=(4, 7)                  R R d d R d d R d d d d
         warmup=2, refresh_at=(4, 7), compute_every=2 R R f d f R f R f d f d
 
@@ -31,13 +33,30 @@ def program_at(step: int, schedule: ScheduleOptions) -> Program:
     """
     if step < schedule.warmup:
         return Program.REFRESH
-    computed, waiting = divmod(step - schedule.warmup + 1, schedule.compute_every)
-    if waiting:
+    if _is_forecast(step, schedule):
         return Program.FORECAST
     if schedule.refresh_at is not None:
-        due = any(step - schedule.compute_every < at <= step for at in schedule.refresh_at)
-        return Program.REFRESH if due else Program.DELTA
-    return Program.DELTA if (computed + schedule.warmup - 1) % schedule.refresh_every else Program.REFRESH
+        before = step - 1
+        while _is_forecast(before, schedule):
+            before -= 1
+        due = any(before < at <= step for at in schedule.refresh_at)
+    else:
+        due = _computed_before(step, schedule) % schedule.refresh_every == 0
+    return Program.REFRESH if due else Program.DELTA
+
+
+def _is_forecast(step: int, schedule: ScheduleOptions) -> bool:
+    after = step - schedule.warmup + 1
+    if after <= 0:
+        return False
+    return step in schedule.forecast_at if schedule.forecast_at is not None else after % schedule.compute_every > 0
+
+
+def _computed_before(step: int, schedule: ScheduleOptions) -> int:
+    """Of the steps before this computed one."""
+    if schedule.forecast_at is not None:
+        return step - sum(schedule.warmup <= at < step for at in schedule.forecast_at)
+    return schedule.warmup - 1 + (step - schedule.warmup + 1) // schedule.compute_every
 
 
 def programs_of(steps: int, schedule: ScheduleOptions) -> list[Program]:
@@ -55,4 +74,5 @@ def fewest_steps(schedule: ScheduleOptions) -> int | None:
     """Of a generation that pays; None if none does."""
     period = schedule.refresh_every if schedule.refresh_at is None else len(schedule.refresh_at) + 1
     longest = schedule.warmup + (period + 1) * schedule.compute_every
+    longest += max(schedule.forecast_at or (0,))
     return next((steps for steps in range(1, longest + 1) if pays(steps, schedule)), None)

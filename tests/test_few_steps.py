@@ -42,6 +42,7 @@ def test_the_programs_of_a_generation():
     assert fewest_steps(ScheduleOptions(warmup=5, refresh_every=5)) == 7
     assert fewest_steps(ScheduleOptions(warmup=1, compute_every=3)) == 2
     assert fewest_steps(ScheduleOptions(refresh_every=1)) is None
+    assert fewest_steps(ScheduleOptions(refresh_every=1, forecast_at=(9, 11))) == 10
     assert fewest_steps(ScheduleOptions(refresh_at=(2, 3))) == 5
 
 

@@ -42,6 +42,9 @@ def test_lagrange_is_exact_for_polynomials_of_its_degree(degree):
         (dict(refresh_at=(0, 1)), "rrdddddddddd"),
         (dict(refresh_at=(4, 7), compute_every=2), "rrfdfrfrfdfd"),
         (dict(refresh_at=(1, 4, 5, 10), compute_every=3), "rrffrffrffrf"),
+        (dict(refresh_every=3, forecast_at=(4, 5)), "rrdrffddrddr"),
+        (dict(refresh_at=(4, 7), forecast_at=(0, 4, 5, 9)), "rrddffrrdfdd"),
+        (dict(refresh_at=(7,), warmup=1, forecast_at=(2, 30)), "rdfddddrdddd"),
     ],
 )
 def test_a_schedule_is_read_off_its_options(schedule, expected):

@@ -261,3 +261,5 @@ def test_options_that_cannot_be():
             chipmunk_compile.Config.from_options({**SMALL, "forecast.tolerance": value})
     with pytest.raises(chipmunk_compile.OptionError, match="compute_every"):
         chipmunk_compile.Config.from_options({"forecast.tolerance": 0.01, "schedule.compute_every": 2})
+    with pytest.raises(chipmunk_compile.OptionError, match="schedule.forecast_at both"):
+        chipmunk_compile.Config.from_options({"schedule.forecast_at": [3], "schedule.compute_every": 2})
