@@ -7,6 +7,7 @@ multiplied. On the image model of docs/quality.md (28 steps, guidance 2.5, 11 of
 
 from __future__ import annotations
 
+import math
 from collections.abc import Hashable, Iterable
 
 from .clock import Stream
@@ -35,6 +36,15 @@ def may_forecast(history: History, others: Iterable[History], moment: float) -> 
     if settled == moment:
         return forecast and history.reaches(moment)
     return history.reaches(moment) and all(other.reaches(moment) for other in others)
+
+
+def is_computed(history: History, others: Iterable[History], moment: float) -> bool:
+    """Whether this stream's next step cannot be forecast, if it is at `moment`. False, too, where telling would take a
+    wait."""
+    settled, forecast = history.settled
+    if not math.isnan(settled) and settled != history.last:
+        return not forecast
+    return any(not one.judge.waits and not one.reaches(moment) for one in (history, *others))
 
 
 def settle(others: Iterable[History], moment: float, forecast: bool) -> None:

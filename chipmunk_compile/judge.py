@@ -48,6 +48,11 @@ class Judge:
             return False
         return self._left_after(moment, gap) <= self.tolerance  # nor where it is not a number
 
+    @property
+    def waits(self) -> bool:
+        """Whether the last error is still on its way: `allows` would wait for it."""
+        return self._error is not None and not self._error.arrived
+
     def skip(self, moment: float, gap: float) -> None:
         """This step is forecast over `gap`."""
         self._left, self._row = self._left_after(moment, gap), self._row + 1
@@ -72,6 +77,10 @@ class _Arriving:
             self._event.record(torch.cuda.current_stream(number.device))
         else:
             self._host = number.clone()
+
+    @property
+    def arrived(self) -> bool:
+        return self._event is None or self._event.query()
 
     @property
     def value(self) -> float:

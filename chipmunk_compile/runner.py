@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import weakref
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -13,64 +12,24 @@ from torch import fx
 from . import telemetry
 from .clock import Stream, Tick
 from .config import Config
-from .council import may_forecast, others_of, settle
-from .evidence import read_evidence
+from .council import is_computed, may_forecast, others_of, settle
 from .forecast import History
-from .models import Owners, Root
+from .models import Root
 from .offloading import prefetch
 from .passes.graphs import only_computes
 from .passes.reasons import Reason
-from .plan import Analysis, Inputs, make_plan
+from .plan import Analysis, make_plan
 from .programs import Compiler, Programs, dense_program, is_disabled
 from .ranks import ranks_of
 from .schedule import Program, pays, program_at
 from .state import Owner, State
+from .timekeeper import Called, Timekeeper
 
 log = logging.getLogger(__name__)
 # Steps run early for nothing, until an owner's are no longer.
 MOST_MISJUDGED = 3
 # Picture sizes of as many tokens for which programs are compiled.
 MOST_ORDERS = 4
-
-
-class _Called:
-    """What all graphs' callables share: whose call it is, and the evidence it shows."""
-
-    def __init__(self, inputs: Inputs, config: Config) -> None:
-        self._inputs = inputs
-        self._owners = Owners(inputs.parameters, inputs.latents, bool(inputs.timesteps), config)
-
-    def _tick(
-        self, owner: Owner, args: Sequence, meanwhile: Callable[[], None] | None = None
-    ) -> tuple[Tick, int] | None:
-        """meanwhile: called where the host would wait for what it reads from the device."""
-        user = [args[i] for i in self._inputs.user]
-        times = [args[i] for i in self._inputs.timesteps]
-        return owner.root.tick(owner, user, lambda positions: read_evidence(times, user, positions, meanwhile))
-
-
-class Timekeeper(_Called):
-    """A graph that stays dense and receives the timestep: it begins the forward of the graphs called after it."""
-
-    # Forwards without any graph that uses the tick, until it is no longer taken.
-    IDLE = 3
-
-    def __init__(self, inputs: Inputs, dense: Callable, config: Config) -> None:
-        super().__init__(inputs, config)
-        self._dense = dense
-        self._idle: Counter[Root] = Counter()
-
-    def __call__(self, *args):
-        owner = self._owners.of(args)
-        if owner is None:
-            return self._dense(*args)
-        root = owner.root
-        with root.lock:
-            before = root.forward
-            self._idle[root] = self._idle[root] + 1 if before is not None and before.calls == 0 else 0
-            if self._idle[root] < self.IDLE or root.wanted:
-                self._tick(owner, args)
-        return self._dense(*args)
 
 
 @dataclass(frozen=True)
@@ -80,14 +39,14 @@ class Early:
     stream: Stream
     step: int
     program: Program
-    state: State
+    state: State | None  # None: the program has none
     outputs: object
 
     def is_of(self, tick: Tick, state: State) -> bool:
         return self.stream is tick.stream and self.step == tick.step and not tick.fresh and self.state is state
 
 
-class Runner(_Called):
+class Runner(Called):
     """The callable that Dynamo runs in place of one captured graph: finds state and step, runs a program.
 
     compiler: makes a program's graph a callable, Inductor when not given; a test may run graphs as they are.
@@ -132,7 +91,7 @@ class Runner(_Called):
             if where is not None and self._whole and not is_disabled():
                 history = self._history(owner.root, where[0].stream.states)
                 if history is not None:
-                    return self._run_whole(owner, where[0], history, args)
+                    return self._run_whole(owner, where[0], history, args, *early)
             programs = self._programs_of(where, owner, args)
             if where is None:
                 return self._run_dense(programs, args)
@@ -142,7 +101,8 @@ class Runner(_Called):
         """The program that is due if the generation goes on, launched behind the read that will tell.
 
         The device then has work while the host reads, and while it gets the step under way. The state counts as
-        unfilled until the read agrees; if it does not, a refresh follows, which is right whatever the state holds.
+        unfilled until the read agrees; if it does not, a refresh follows, which is right whatever the state holds. The
+        dense model has no state, and is right in any case.
         """
         root, expected = owner.root, owner.clock.expected if owner.clock is not None else None
         before = root.forward
@@ -150,11 +110,16 @@ class Runner(_Called):
         # What writes more than its state must not run twice, nor what the other ranks may run once.
         if expected is None or not alone or not self._computes or self._ranks.several or is_disabled():
             return
-        if self._config.forecast.residual or self._config.forecast.tolerance is not None:
-            return
         if owner.misjudged > MOST_MISJUDGED:
             return
         stream, step = expected
+        if self._whole:
+            history = stream.states.get(self)
+            if history is not None and self._dense is not None and self._is_computed(owner, history, stream, step):
+                yield Early(stream, step, Program.DENSE, None, self._dense(*args))
+            return
+        if self._config.forecast.residual or self._config.forecast.tolerance is not None:
+            return
         programs, state = stream.programs.get(self), stream.states.get((owner.key, 0))
         if programs is None or state is None or not state.filled or state.fits != (programs, owner):
             return
@@ -164,6 +129,14 @@ class Runner(_Called):
         outputs = self._run_program(program, programs, state, args)
         state.filled = False
         yield Early(stream, step, program, state, outputs)
+
+    def _is_computed(self, owner: Owner, history: History, stream: Stream, step: int) -> bool:
+        """Whether the stream's next step cannot be forecast, as far as is known without waiting for anything."""
+        if history.judge is None:
+            return program_at(step, self._schedule) is not Program.FORECAST
+        others = others_of(history, stream, owner.clock.live, self)
+        warms_up = history.judge.computed < self._schedule.warmup
+        return warms_up or is_computed(history, others, stream.time + stream.stride)
 
     def _programs_of(self, where: tuple[Tick, int] | None, owner: Owner | None, args: Sequence) -> Programs:
         """The programs for the token order of this call's stream, chosen at its first step.
@@ -246,12 +219,13 @@ class Runner(_Called):
         owner.root.end_call(self._analysis.layers)
         return outputs
 
-    def _run_whole(self, owner: Owner, tick: Tick, history: History, args: Sequence):
+    def _run_whole(self, owner: Owner, tick: Tick, history: History, args: Sequence, early: Early | None = None):
         """A step that is forecast, or the dense model: no deltas, and so no state."""
         if history.is_over(tick):
             history.filled = False
         others = others_of(history, tick.stream, owner.root.forward.clock.live, self)
-        may = not tick.fresh and self._between(others, history, tick, Program.DENSE) is Program.FORECAST
+        may = early is None and not tick.fresh
+        may = may and self._between(others, history, tick, Program.DENSE) is Program.FORECAST
         forecast = self._ranks.agree(Program.FORECAST if may else Program.DENSE).program is Program.FORECAST
         settle(others, tick.time, forecast)
         if forecast:
@@ -260,7 +234,8 @@ class Runner(_Called):
         else:
             if self._dense is None:
                 self._dense = dense_program(self._dynamo, args, self._config, self._compiler)
-            outputs = history.keep(tick.time, self._dense(*args), tick.span)
+            computed = self._dense(*args) if early is None else early.outputs
+            outputs = history.keep(tick.time, computed, tick.span)
         owner.root.end_call(self._analysis.layers)
         return outputs
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import chipmunk_compile
-from chipmunk_compile import evidence
+from chipmunk_compile import evidence, telemetry
 from chipmunk_compile.programs import Programs
 from chipmunk_compile.runner import Runner
 from tests.toy_dit import Loop, compile_toy, toy, worst
@@ -27,13 +27,15 @@ def run(model, *loops) -> list[list[torch.Tensor]]:
     return [list(column) for column in zip(*outputs)]
 
 
-def alone(*loops, **options) -> list[list[torch.Tensor]]:
-    """The same calls on a model that never ran, each read before it runs."""
+def alone(*loops, after=(), **options) -> list[list[torch.Tensor]]:
+    """The same calls on a model that ran nothing but `after`, each read before it runs."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(evidence, "ASYNCHRONOUS", set())
         torch._dynamo.reset()
         chipmunk_compile.reset()
-        outputs = run(compile_toy(toy(), **SPARSE, **options)[0], *loops)
+        model = compile_toy(toy(), **{**SPARSE, **options})[0]
+        run(model, after)
+        outputs = run(model, *loops)
     torch._dynamo.reset()
     chipmunk_compile.reset()
     return outputs
@@ -151,3 +153,59 @@ def test_a_step_that_fails_early_leaves_nothing_to_build_on(early, monkeypatch):
         patch.setattr(Programs, "run", lambda *_: (_ for _ in ()).throw(MemoryError()))
         run(model, list(loop)[4:])
     assert same(run(model, again), expected)
+
+
+WHOLE = {"forecast.refresh_every": 1, "attention.sparsity": None, "mlp.sparsity": None}
+
+
+def order_of_calls(monkeypatch) -> list[str]:
+    """Filled while models run: when the dense program is launched, and when the host has read what it waits for."""
+    order, read_beside, count = [], evidence._read_beside, telemetry.count
+
+    def read(numbers, meanwhile):
+        found = read_beside(numbers, meanwhile)
+        order.append("is read")
+        return found
+
+    monkeypatch.setattr(evidence, "_read_beside", read)
+    monkeypatch.setattr(telemetry, "count", lambda name, *n: order.append(name) or count(name, *n))
+    return order
+
+
+def test_a_whole_step_is_on_its_way_too(early, monkeypatch):
+    loop, options = Loop(steps=11), {**WHOLE, "schedule.compute_every": 3}
+    expected = alone(loop, after=Loop(seed=1), **options)
+    model = compile_toy(toy(), **options)[0]
+    run(model, Loop(seed=1))
+    order = order_of_calls(monkeypatch)
+    assert same(run(model, loop), expected)
+    ran = [name for name in order if name in ("dense", "forecast", "is read")]
+    forecast, behind = ["is read", "forecast"], ["dense", "is read"]
+    assert ran == ["is read", "dense"] * 2 + (forecast * 2 + behind) * 3
+
+
+@pytest.mark.parametrize("loops", [1, 2])
+def test_what_a_judge_would_compute_is_on_its_way(early, monkeypatch, loops):
+    """The streams of a step: the second one's program is known for sure, the first one's at the time that is likely."""
+    loops = [Loop(seed=seed, steps=20) for seed in range(loops)]
+    options = {**WHOLE, "forecast.tolerance": 3e-3}
+    expected = alone(*loops, **options)
+    model = compile_toy(toy(), **options)[0]
+    order = order_of_calls(monkeypatch)
+    before = dict(chipmunk_compile.counters())
+    assert same(run(model, *loops), expected)
+    assert chipmunk_compile.counters()["forecast"] > before["forecast"] + 10
+    ran = [name for name in order if name in ("dense", "forecast", "is read")]
+    calls = [tuple(ran[i : i + 2]) for i in range(0, len(ran), 2)]
+    assert set(calls[2 * len(loops) :]) == {("is read", "forecast"), ("dense", "is read")}
+
+
+@pytest.mark.parametrize("broken_off", [3, 4, 5, 7])
+def test_a_whole_step_run_early_for_nothing_is_right_all_the_same(early, broken_off):
+    first, second = Loop(seed=1, steps=12), Loop(seed=1, steps=12)
+    second.prompt, second.noise = first.prompt, torch.randn_like(first.noise)
+    options = {**WHOLE, "schedule.compute_every": 3}
+    expected = alone(second, after=list(first)[:broken_off], **options)
+    model = compile_toy(toy(), **options)[0]
+    run(model, list(first)[:broken_off])
+    assert same(run(model, second), expected)

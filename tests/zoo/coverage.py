@@ -18,7 +18,8 @@ from chipmunk_compile.passes.permute_tokens import PermutationPlan
 from chipmunk_compile.passes.sites import Declined
 from chipmunk_compile.plan import Analysis, analyse
 from chipmunk_compile.programs import compile_graph
-from chipmunk_compile.runner import Runner, Timekeeper
+from chipmunk_compile.runner import Runner
+from chipmunk_compile.timekeeper import Timekeeper
 from tests.zoo.census import CONSTANT, Call, census
 from tests.zoo.entry import STEPS, Entry
 
