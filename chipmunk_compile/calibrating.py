@@ -157,7 +157,7 @@ class _Candidate:
     def __init__(self, setting: dict[str, Any], config: Config, bench: _Bench) -> None:
         self.setting, self.config = setting, config
         work = bench.board.work(config)
-        self.work = generation_share(bench.survey.steps, _boldest(config), work.refresh, work.delta)
+        self.work = generation_share(bench.survey.steps, _boldest(config).where_forecast(), work.refresh, work.delta)
         # Where no site is sparse, settings that differ in sparsity are one and the same.
         wanted = config.attention.sparsity is not None or config.mlp.sparsity is not None
         self.adds_sparsity = bool(work.sites) or not wanted

@@ -56,7 +56,7 @@ class ScheduleOptions:
 
 @dataclass(frozen=True)
 class ForecastOptions:
-    """What outputs of earlier steps say about later ones; for a model captured as one graph."""
+    """What outputs of earlier steps say about later ones."""
 
     order: int = 1
     """Of the extrapolation, in the timestep: 0 reuses the last output, 1 is a line, 2 a parabola."""
@@ -70,7 +70,7 @@ class ForecastOptions:
     whole, as the dense model does. None: as `schedule.refresh_every` and `schedule.refresh_at` say."""
     residual: float = 0.0
     """Share of the error that a delta step is expected to make, learned at each refresh, that is corrected: 0 to 2.
-    Above 0 a refresh costs one delta pass more."""
+    Above 0 a refresh costs one delta pass more. For a model captured as one graph."""
 
 
 @dataclass(frozen=True)
@@ -144,12 +144,16 @@ class Config:
         return schedule.compute_every > 1 or bool(schedule.forecast_at) or self.forecast.tolerance is not None
 
     @property
-    def between_forecasts(self) -> ScheduleOptions:
-        """The schedule of a model whose steps can be forecast: one graph, which tells the time."""
-        every = self.forecast.refresh_every
-        if every is None or not self.forecasts:
-            return self.schedule
-        return replace(self.schedule, refresh_every=every, refresh_at=None)
+    def runs_whole(self) -> bool:
+        """Whether every step is forecast or computed whole, as far as steps can be forecast."""
+        return self.forecasts and self.schedule.refresh_every == 1 and self.schedule.refresh_at is None
+
+    def where_forecast(self, in_pieces: bool = False) -> Config:
+        """What holds for a model whose steps can be forecast, as one graph or in pieces."""
+        schedule, forecast = self.schedule, self.forecast
+        if self.forecasts and forecast.refresh_every is not None:
+            schedule = replace(schedule, refresh_every=forecast.refresh_every, refresh_at=None)
+        return replace(self, schedule=schedule, forecast=replace(forecast, residual=0.0) if in_pieces else forecast)
 
     def inductor_options(self) -> dict[str, Any]:
         """What Inductor gets: its mode, spelled out, then its own options."""

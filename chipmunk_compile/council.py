@@ -1,8 +1,11 @@
-"""The streams of a step are forecast together, or none of them is.
+"""Who is forecast together: the streams of a step, and the pieces of a forward.
 
 Guidance takes the difference of two outputs and multiplies it. Two outputs forecast from the same steps are wrong in
 much the same way, and the difference hardly is; where one is forecast and the other computed, the whole error is
 multiplied. On the image model of docs/quality.md (28 steps, guidance 2.5, 11 of 28 computed) that is 43 dB, not 33.
+
+A piece computed from what the piece before it forecast would be neither the one nor the other. The last piece called is
+the leader: its outputs are what the model's are made from, and the rest of the forward does as it does.
 """
 
 from __future__ import annotations
@@ -51,3 +54,14 @@ def settle(others: Iterable[History], moment: float, forecast: bool) -> None:
     """What this step is, for the streams that are still to be called. Said once all ranks agree on it."""
     for other in others:
         other.settled = (moment, forecast)
+
+
+def leader_of(stream: Stream) -> Hashable | None:
+    """Under which key the leader's history lies in the states of a stream; None where none is known."""
+    return next((key for key, held in stream.states.items() if isinstance(held, History) and held.leads), None)
+
+
+def all_reach(stream: Stream, moment: float, leader: History) -> bool:
+    """Whether the pieces behind the leader can be forecast, too."""
+    pieces = (held for held in stream.states.values() if isinstance(held, History) and held is not leader)
+    return all(piece.reaches(moment) for piece in pieces)

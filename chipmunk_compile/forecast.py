@@ -16,6 +16,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
@@ -27,6 +28,9 @@ from .judge import Judge
 FURTHEST = 3.0
 # What a forecast adds to the last output may prove to be too little, too, but not by more than this.
 MOST_GROWTH = 1.2
+# Forecasts of hidden states miss more of each channel than what the model makes of them misses: 1.7 to 3.9 times as
+# much on the image and video models of docs/quality.md. Few channels may be huge, so each counts relative to itself.
+HIDDEN = 2.0
 
 Outputs = list[torch.Tensor]
 
@@ -38,6 +42,8 @@ class History:
     options: ForecastOptions
     moments: list[float] = field(default_factory=list)
     outputs: list[Outputs] = field(default_factory=list)
+    fits: Any = None  # what it was made for, as of a State
+    leads: bool = False  # outputs of the last piece of a forward: hidden states, [..., channels]
     error: Outputs | None = None
     error_age: float = 0.0
     refreshed: float | None = None  # the moment of the last refresh
@@ -112,9 +118,14 @@ class History:
         self.moments.append(moment)
         self.outputs.append(buffers)
 
+    @property
+    def known(self) -> bool:
+        """Whether enough steps are known to forecast any."""
+        return len(self.moments) > self.options.order
+
     def reaches(self, moment: float) -> bool:
         """Whether enough steps are known, and near enough, to forecast this one."""
-        if len(self.moments) <= self.options.order:
+        if not self.known:
             return False
         if self.judge is not None:
             return self.judge.allows(moment, abs(moment - self.moments[-1]))
@@ -181,12 +192,17 @@ class History:
         for move, share, known, output in zip(self._moves(moment), damping, self.outputs[-1], outputs):
             output = output.float()
             came = output - known
-            wrong = wrong + (came - move * share).square().sum()
-            whole = whole + output.square().sum()
+            missed = came - move * share
+            if self.leads:
+                wrong = wrong + (_channels(missed) / _channels(output)).sum() / HIDDEN**2
+                whole = whole + output.shape[-1]
+            else:
+                wrong = wrong + missed.square().sum()
+                whole = whole + output.square().sum().clamp_min(1e-30)
             best = ((came * move).sum() / move.square().sum().clamp_min(1e-30)).clamp(0.0, MOST_GROWTH)
             learned.append(best if self.damping is None else (best + share) / 2)
         self.damping = learned if self.options.order else None
-        return (wrong / whole.clamp_min(1e-30)).sqrt()
+        return (wrong / whole).sqrt()
 
     def learn(self, moment: float, refreshed: Sequence[torch.Tensor], delta: Sequence[torch.Tensor]) -> None:
         """What the delta program missed at `moment`, where both programs ran."""
@@ -199,6 +215,11 @@ class History:
             return list(outputs)
         share = self.options.residual * (moment - self.refreshed) / self.error_age
         return [torch.add(output, error, alpha=share) for output, error in zip(outputs, self.error)]
+
+
+def _channels(hidden: torch.Tensor) -> torch.Tensor:
+    """The mean square of each channel: [..., channels] -> [channels]."""
+    return hidden.square().flatten(0, -2).mean(0).clamp_min(1e-30)
 
 
 def lagrange(moments: Sequence[float], moment: float) -> list[float]:

@@ -20,6 +20,7 @@ from .config import Config
 from .counting import CountedClock
 from .evidence import Inputs, Reader
 from .passes.reasons import Reason
+from .schedule import Program
 from .state import Owner
 
 if TYPE_CHECKING:
@@ -39,6 +40,8 @@ class Forward:
     epoch: int
     blind: bool = False  # the tick may be another stream's
     calls: int = 0  # of graphs with sites, until now
+    can_forecast: bool = True  # none of those has to be run
+    due: Program | None = None  # what all of them run, once the first one settled it; None where each is by itself
     layers: int = 0  # that those held
     occurrences: Counter = field(default_factory=Counter)  # by owner
 
@@ -60,6 +63,7 @@ class Root:
         self.block_clock: Clock | None = None
         self.hooked = False  # the block begins forwards itself
         self.wanted = False  # a graph with sites found no clock
+        self.over_budget = False  # what its pieces' forecasts would remember is
         self._warned = False
         self._counted: CountedClock | None = None
         self._leader: frozenset[int] | None = None
@@ -92,6 +96,17 @@ class Root:
         only = self._last is None or self._last.calls == 1
         return self.whole and only and self.forward is not None and self.forward.calls == 0
 
+    @property
+    def is_of_pieces(self) -> bool:
+        """Whether a forward is calls of several graphs, all of which could be forecast, as far as is known."""
+        known = [forward for forward in (self._last, self.forward) if forward is not None]
+        return not self.is_one_call and not self.over_budget and all(forward.can_forecast for forward in known)
+
+    @property
+    def is_last_call(self) -> bool:
+        """Whether no call of a graph with sites follows in this forward, as in the one before."""
+        return self._last is not None and self.forward.calls == self._last.calls - 1
+
     def forget(self) -> None:
         """No forward before this one counts any more."""
         for clock in (self._counted, self.block_clock):
@@ -103,7 +118,8 @@ class Root:
 
     def begin_forward(self, clock: Clock, inputs: Inputs, read: Reader, owner: Owner | None = None) -> None:
         """owner: of the graph whose inputs these are; None where they are the model's own."""
-        before = self._last = self.forward
+        before = self.forward
+        self._last = before or self._last
         tick = clock.tick(inputs, read)
         forward = self._running.forward = Forward(tick, clock, self._epoch)
         # Two calls alike, one graph of several sees: guidance whose prompts go to other graphs, maybe. Until a call

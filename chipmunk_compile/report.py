@@ -73,6 +73,7 @@ class GraphReport:
     refresh_flops: int
     ranks: int = 1  # that run it together, exchanging tokens
     computes: bool = False  # and does nothing else: its outputs may be forecast
+    is_piece: bool = False  # may be forecast beside other graphs: what it hands on comes from its sites
 
 
 @dataclass(frozen=True)
@@ -159,7 +160,7 @@ class Report:
 
     def generation_share(self, steps: int) -> float:
         """The same of a generation of so many steps; 1 where it stays dense."""
-        return generation_share(steps, self.config, self.refresh_share, self.delta_share)
+        return generation_share(steps, self._way or self.config, self.refresh_share, self.delta_share)
 
     def _share(self, flops: str) -> float:
         dense = sum(g.dense_flops for g in self.graphs)
@@ -203,9 +204,9 @@ class Report:
             lines.append(f"{kind:<10} {taken} of {len(sites)} {what}")
         lines += [f"forecast   {line}" for line in self._forecasts()]
         if self.runs_whole:
-            always = self.config.schedule.warmup
-            if self.config.forecast.tolerance is not None:  # so many tell a forecast, and one more how good it was
-                always = max(always, self.config.forecast.order + 2)
+            always = self._way.schedule.warmup
+            if self._way.forecast.tolerance is not None:  # so many tell a forecast, and one more how good it was
+                always = max(always, self._way.forecast.order + 2)
             lines.append(f"           a generation's first {always} steps are always computed")
             lines.append("deltas     none beside such forecasts; {'schedule.refresh_every': 5} would run them instead")
         else:
@@ -219,7 +220,7 @@ class Report:
         return [f"  {line}" for line in lines]
 
     def _deltas(self) -> list[str]:
-        schedule = self.config.between_forecasts if self._forecastable else self.config.schedule
+        schedule = (self._way or self.config).schedule
         listed = ", ".join(map(str, schedule.refresh_at or ())) or "no other"
         further = f"every {schedule.refresh_every}th" if schedule.refresh_at is None else f"at {listed}"
         return [
@@ -230,31 +231,35 @@ class Report:
         ]
 
     @property
-    def _forecastable(self) -> bool:
-        """Whether the model's steps can be forecast: one graph that tells the time, and does nothing but compute."""
-        return len(self.graphs) == 1 and self.graphs[0].computes and bool(self.graphs[0].clock or self.config.steps)
+    def _way(self) -> Config | None:
+        """The options that hold where steps can be forecast, in one graph or in pieces; None where they cannot be."""
+        if not (self.config.steps or any(g.clock for g in self.graphs)):
+            return None
+        if len(self.graphs) == 1:
+            return self.config.where_forecast() if self.graphs[0].computes else None
+        pieces = [g for g in self.graphs if g.reason is None]
+        return self.config.where_forecast(in_pieces=True) if pieces and all(g.is_piece for g in pieces) else None
 
     @property
     def runs_whole(self) -> bool:
         """Whether every step is forecast or computed whole: as the presets have it where steps can be forecast."""
-        schedule = self.config.between_forecasts
-        whole = schedule.refresh_every == 1 and schedule.refresh_at is None
-        return self.config.forecasts and whole and self._forecastable
+        return self._way is not None and self._way.runs_whole
 
     def _forecasts(self) -> list[str]:
         """Which steps are not computed; nothing if all are."""
-        if self.config.forecasts and not self._forecastable:
-            return ["none: that takes one graph, which tells the time"]
-        every, tolerance = self.config.schedule.compute_every, self.config.forecast.tolerance
-        if tolerance is not None:
-            which = f"as many steps in a row as leave under {tolerance:.2%} of error in the latents"
-        elif self.config.schedule.forecast_at:
-            which = f"steps {', '.join(map(str, self.config.schedule.forecast_at))}"
-        elif every > 1:
-            which = f"all but one step in {every} after the first ones"
-        else:
+        way = self._way
+        if not self.config.forecasts:
             return []
-        return [f"{which}; " + ("the others run whole" if self.runs_whole else "refreshes count computed steps")]
+        if way is None:
+            return ["none: that takes graphs that hand on nothing but their tokens, and a clock"]
+        if way.forecast.tolerance is not None:
+            which = f"as many steps in a row as leave under {way.forecast.tolerance:.2%} of error in the latents"
+        elif way.schedule.forecast_at:
+            which = f"steps {', '.join(map(str, way.schedule.forecast_at))}"
+        else:
+            which = f"all but one step in {way.schedule.compute_every} after the first ones"
+        pieces = "piece by piece, " if len(self.graphs) > 1 else ""
+        return [f"{pieces}{which}; " + ("the others run whole" if way.runs_whole else "refreshes count computed steps")]
 
     def _state(self) -> str:
         text = f"{_bytes(self.state_bytes)} per stream, {_bytes(self.layer_bytes)} a layer"
@@ -306,8 +311,11 @@ class Report:
 
 
 def generation_share(steps: int, config: Config, refresh: float, delta: float) -> float:
-    """Predicted work of a generation of so many steps, as a share of a dense one's, from that of its programs."""
-    schedule = config.between_forecasts
+    """Predicted work of a generation of so many steps, as a share of a dense one's, from that of its programs.
+
+    config: what holds where steps can be forecast (`Config.where_forecast`), if they can be.
+    """
+    schedule = config.schedule
     if not pays(steps, schedule):
         return 1.0
     learns = delta if config.forecast.residual > 0 else 0.0  # a refresh then runs the delta too, after the warm-up

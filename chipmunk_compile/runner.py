@@ -12,8 +12,9 @@ from torch import fx
 from . import telemetry
 from .clock import Stream, Tick
 from .config import Config
-from .council import is_computed, may_forecast, others_of, settle
+from .council import settle
 from .forecast import History
+from .forecaster import Forecaster
 from .models import Root
 from .offloading import prefetch
 from .passes.graphs import only_computes
@@ -67,12 +68,8 @@ class Runner(Called):
         self._dynamo, self._analysis, self._config, self._dense = gm, analysis, config, dense
         self._compiler = compiler
         self._ranks = ranks_of(gm)
-        asked = config.forecasts or config.forecast.residual > 0
         self._computes = only_computes(analysis.canonical)
-        self._remembers = asked and self._computes
-        # Of a whole forward whose steps may be forecast; where every computed step is a refresh, the dense model is.
-        self._schedule = config.between_forecasts if self._remembers else config.schedule
-        self._whole = config.forecasts and self._schedule.refresh_every == 1 and self._schedule.refresh_at is None
+        self._forecaster = Forecaster(config, self._computes, analysis.can_forecast)
         # Layers of a forward that stay dense, where this graph holds too few to tell which of them they are.
         self._dense_until = config.dense_layers if analysis.layers <= config.dense_layers else 0
         self._by_grid: dict[tuple, Programs] = {} if programs is None else programs
@@ -88,14 +85,13 @@ class Runner(Called):
         with owner.root.lock:
             early: list[Early] = []
             where = self._tick(owner, args, lambda: early.extend(self._run_early(owner, args)))
-            if where is not None and self._whole and not is_disabled():
-                history = self._history(owner.root, where[0].stream.states)
-                if history is not None:
-                    return self._run_whole(owner, where[0], history, args, *early)
+            way = self._forecaster.way(owner.root) if where is not None else None
+            if way is not None and way.runs_whole and not is_disabled():
+                return self._run_whole(way, owner, *where, args, *early)
             programs = self._programs_of(where, owner, args)
             if where is None:
                 return self._run_dense(programs, args)
-            return self._run(programs, owner, *where, args, *early)
+            return self._run(programs, way, owner, *where, args, *early)
 
     def _run_early(self, owner: Owner, args: Sequence) -> Iterator[Early]:
         """The program that is due if the generation goes on, launched behind the read that will tell.
@@ -113,9 +109,9 @@ class Runner(Called):
         if owner.misjudged > MOST_MISJUDGED:
             return
         stream, step = expected
-        if self._whole:
-            history = stream.states.get(self)
-            if history is not None and self._dense is not None and self._is_computed(owner, history, stream, step):
+        as_one = self._forecaster.as_one
+        if as_one.runs_whole:
+            if self._dense is not None and self._forecaster.is_computed(owner, stream, step):
                 yield Early(stream, step, Program.DENSE, None, self._dense(*args))
             return
         if self._config.forecast.residual or self._config.forecast.tolerance is not None:
@@ -123,20 +119,12 @@ class Runner(Called):
         programs, state = stream.programs.get(self), stream.states.get((owner.key, 0))
         if programs is None or state is None or not state.filled or state.fits != (programs, owner):
             return
-        program = program_at(step, self._schedule)
+        program = program_at(step, as_one.schedule)
         if program is Program.FORECAST:
             return
         outputs = self._run_program(program, programs, state, args)
         state.filled = False
         yield Early(stream, step, program, state, outputs)
-
-    def _is_computed(self, owner: Owner, history: History, stream: Stream, step: int) -> bool:
-        """Whether the stream's next step cannot be forecast, as far as is known without waiting for anything."""
-        if history.judge is None:
-            return program_at(step, self._schedule) is not Program.FORECAST
-        others = others_of(history, stream, owner.clock.live, self)
-        warms_up = history.judge.computed < self._schedule.warmup
-        return warms_up or is_computed(history, others, stream.time + stream.stride)
 
     def _programs_of(self, where: tuple[Tick, int] | None, owner: Owner | None, args: Sequence) -> Programs:
         """The programs for the token order of this call's stream, chosen at its first step.
@@ -163,15 +151,23 @@ class Runner(Called):
         return self.programs
 
     def _run(
-        self, programs: Programs, owner: Owner, tick: Tick, occurrence: int, args: Sequence, early: Early | None = None
+        self,
+        programs: Programs,
+        way: Config | None,
+        owner: Owner,
+        tick: Tick,
+        occurrence: int,
+        args: Sequence,
+        early: Early | None = None,
     ):
+        """A step's program, state and history."""
         # A block may move to another graph of the same model (guards fail, frames are captured anew): the state
         # follows the block, and is made anew where the graph lays it out otherwise.
         key, fits = (owner.key, occurrence), (programs, owner)
         states = tick.stream.states
         if is_disabled():
             states.pop(key, None)
-            states.pop(self, None)
+            self._forecaster.forget(owner, tick.stream, occurrence)
             return self._run_dense(programs, args)
         if owner.root.forward.layers < self._dense_until or self._is_too_short(tick):
             states.pop(key, None)
@@ -182,7 +178,7 @@ class Runner(Called):
         if early is not None:
             if state is not None and early.is_of(tick, state):
                 state.filled = True
-                history = self._history(owner.root, states)
+                history = self._forecaster.history(way, owner, tick.stream, occurrence)
                 owner.root.end_call(self._analysis.layers)
                 return early.outputs if history is None else history.keep(tick.time, early.outputs, tick.span)
             owner.misjudged += 1
@@ -194,11 +190,11 @@ class Runner(Called):
             if state is None:
                 return self._stay_dense(programs, owner, args)
             states[key] = state
-        history = self._history(owner.root, states)
+        history = self._forecaster.history(way, owner, tick.stream, occurrence)
         if history is not None and history.is_over(tick):
             history.filled = False
-        others = others_of(history, tick.stream, owner.root.forward.clock.live, self)
-        due = self._due(others, history, state, tick)
+        others = self._forecaster.others(history, owner, tick.stream, occurrence)
+        due = self._due(way, owner.root, others, history, state, tick)
         learns = due is Program.REFRESH and history is not None and self._learns(history, tick)
         program, beside, alike = self._ranks.agree(due, learns, programs.plan.order)
         settle(others, tick.time, program is Program.FORECAST)
@@ -206,7 +202,7 @@ class Runner(Called):
             self._keep_order(tick)
         if program is Program.DENSE:  # another rank is
             states.pop(key, None)
-            states.pop(self, None)
+            self._forecaster.forget(owner, tick.stream, occurrence)
             outputs = programs.run(Program.DENSE, args)
         elif history is None:
             outputs = self._run_program(program, programs, state, args)
@@ -215,17 +211,20 @@ class Runner(Called):
             outputs = history.forecast(tick.time)
         else:
             computed = self._run_beside(history, program, beside, programs, state, tick, args)
-            outputs = history.keep(tick.time, computed, tick.span)
+            outputs = self._forecaster.keep(history, owner.root, tick, computed)
         owner.root.end_call(self._analysis.layers)
         return outputs
 
-    def _run_whole(self, owner: Owner, tick: Tick, history: History, args: Sequence, early: Early | None = None):
+    def _run_whole(
+        self, way: Config, owner: Owner, tick: Tick, occurrence: int, args: Sequence, early: Early | None = None
+    ):
         """A step that is forecast, or the dense model: no deltas, and so no state."""
+        history = self._forecaster.history(way, owner, tick.stream, occurrence)
         if history.is_over(tick):
             history.filled = False
-        others = others_of(history, tick.stream, owner.root.forward.clock.live, self)
-        may = early is None and not tick.fresh
-        may = may and self._between(others, history, tick, Program.DENSE) is Program.FORECAST
+        others = self._forecaster.others(history, owner, tick.stream, occurrence)
+        may = early is None and not tick.fresh and not tick.is_past
+        may = may and self._forecaster.due(way, owner.root, others, history, tick, Program.DENSE) is Program.FORECAST
         forecast = self._ranks.agree(Program.FORECAST if may else Program.DENSE).program is Program.FORECAST
         settle(others, tick.time, forecast)
         if forecast:
@@ -234,8 +233,9 @@ class Runner(Called):
         else:
             if self._dense is None:
                 self._dense = dense_program(self._dynamo, args, self._config, self._compiler)
-            computed = self._dense(*args) if early is None else early.outputs
-            outputs = history.keep(tick.time, computed, tick.span)
+            outputs = self._dense(*args) if early is None else early.outputs
+            if not tick.is_past:
+                outputs = self._forecaster.keep(history, owner.root, tick, outputs)
         owner.root.end_call(self._analysis.layers)
         return outputs
 
@@ -245,30 +245,19 @@ class Runner(Called):
         self._by_grid.clear()
         tick.stream.programs.pop(self, None)
 
-    def _due(self, others: list[History], history: History | None, state: State, tick: Tick) -> Program:
+    def _due(
+        self, way: Config | None, root: Root, others: list[History], history: History | None, state: State, tick: Tick
+    ) -> Program:
         """What this step runs. others: of the step's other streams, which are forecast with it or not at all."""
         if tick.fresh or not state.filled:
             return Program.REFRESH
         if history is None:
             due = program_at(tick.step, self._config.schedule)
             return Program.DELTA if due is Program.FORECAST else due
-        return self._between(others, history, tick, Program.DELTA)
-
-    def _between(self, others: list[History], history: History, tick: Tick, unforeseen: Program) -> Program:
-        """What this step runs where steps may be forecast, `unforeseen` where this one is due for it and cannot be.
-
-        Where forecasts are judged, the computed steps are the ones counted for refreshes.
-        """
-        judge = history.judge
-        step = tick.step if judge is None else judge.computed
-        due = program_at(step, self._schedule)
-        may_wait = due is Program.FORECAST if judge is None else step >= self._schedule.warmup
-        if may_wait and may_forecast(history, others, tick.time):
-            return Program.FORECAST
-        return unforeseen if due is Program.FORECAST else due
+        return self._forecaster.due(way, root, others, history, tick, Program.DELTA)
 
     def _corrects(self, history: History, tick: Tick) -> bool:
-        return self._config.forecast.residual > 0 and history.refreshed not in (None, tick.time)
+        return history.options.residual > 0 and history.refreshed not in (None, tick.time)
 
     def _learns(self, history: History, tick: Tick) -> bool:
         """Whether a delta runs beside a refresh, to see what it misses."""
@@ -320,13 +309,6 @@ class Runner(Called):
         outputs = programs.run(program, args, state) if programs.state else programs.run(Program.DENSE, args)
         state.filled = True
         return outputs
-
-    def _history(self, root: Root, states: dict) -> History | None:
-        """What is remembered of a stream's outputs, where options ask for it and this graph is the whole forward."""
-        if not self._remembers or not root.is_one_call:
-            states.pop(self, None)
-            return None
-        return states.setdefault(self, History(self._config.forecast))
 
     def _run_beside(
         self,

@@ -3,6 +3,8 @@ what a graph does as a whole."""
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 import torch
 from torch import fx
 
@@ -29,3 +31,13 @@ def only_computes(canonical: fx.GraphModule) -> bool:
         and not any(node.op == "placeholder" for node in output.all_input_nodes)
         and not any(node.target is torch.ops.aten.copy_.default for node in canonical.graph.nodes)
     )
+
+
+def all_depend_on(canonical: fx.GraphModule, sources: Collection[fx.Node]) -> bool:
+    """Whether every output of a graph is computed from one of the nodes `sources` at least."""
+    reached = set(sources)
+    for node in canonical.graph.nodes:
+        if node.op != "output" and not reached.isdisjoint(node.all_input_nodes):
+            reached.add(node)
+    output = next(iter(reversed(canonical.graph.nodes)))
+    return reached.issuperset(node for node in output.args[0] if isinstance(node, fx.Node))
