@@ -9,12 +9,14 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 
+from . import telemetry
 from .clock import Stream, Tick
 from .config import Config, ForecastOptions
 from .council import all_reach, is_computed, leader_of, may_forecast, others_of
 from .forecast import History
 from .models import Root
 from .passes.reasons import Reason
+from .pieces import Parts
 from .schedule import Program, program_at
 from .state import Owner
 
@@ -27,19 +29,19 @@ class Forecaster:
     as_one, as_piece: the options that hold where the graph is the whole forward, and where it is a piece of it.
     """
 
-    def __init__(self, config: Config, computes: bool, can_be_piece: bool) -> None:
-        """computes: the graph does nothing but that; can_be_piece: and all its outputs come from sites."""
+    def __init__(self, config: Config, computes: bool, parts: Parts | None) -> None:
+        """computes: the graph does nothing but that, so it may be a whole forward that is forecast. parts: of its
+        outputs; None where it cannot be forecast as a piece."""
         self.as_one, self.as_piece = config.where_forecast(), config.where_forecast(in_pieces=True)
-        self._computes, self._can_be_piece = computes, can_be_piece
+        self._computes, self._parts = computes, parts
 
     def way(self, root: Root) -> Config | None:
         """The options that hold for this call, if any outputs are to be remembered; else None."""
-        if not self._can_be_piece:
+        if self._parts is None:
             root.forward.can_forecast = False
-        if not self._computes:
-            return None
         if root.is_one_call:
-            return self.as_one if self.as_one.forecasts or self.as_one.forecast.residual > 0 else None
+            asked = self.as_one.forecasts or self.as_one.forecast.residual > 0
+            return self.as_one if asked and self._computes else None
         return self.as_piece if self.as_piece.forecasts and root.is_of_pieces else None
 
     def history(self, way: Config | None, owner: Owner, stream: Stream, occurrence: int) -> History | None:
@@ -47,7 +49,7 @@ class Forecaster:
         if way is None:
             return self.forget(owner, stream, occurrence)
         leads = way is self.as_piece and owner.root.is_last_call
-        key, fits = _key(owner, occurrence), (self, way, leads)
+        key, fits = _key(owner, occurrence), (self, way is self.as_piece, leads)
         history = stream.states.get(key)
         if history is None or history.fits != fits:
             options = way.forecast if leads or way is self.as_one else ForecastOptions(way.forecast.order)
@@ -90,11 +92,19 @@ class Forecaster:
         warms_up = history.judge.computed < self.as_one.schedule.warmup
         return warms_up or is_computed(history, others, stream.time + stream.stride)
 
-    def keep(self, history: History, root: Root, tick: Tick, computed: Sequence) -> Sequence:
+    def forecast(self, way: Config, history: History, tick: Tick, args: Sequence) -> Sequence:
+        """The outputs of a step that is not computed."""
+        telemetry.count("forecast")
+        forecast = history.forecast(tick.time)
+        return forecast if way is self.as_one else self._parts.with_still(forecast, args)
+
+    def keep(self, way: Config, history: History, root: Root, tick: Tick, computed: Sequence) -> Sequence:
         """The outputs of a computed step, remembered: those of pieces as long as the memory budget has room."""
-        outputs = history.keep(tick.time, computed, tick.span)
-        budget = self.as_piece.memory_budget
-        if budget is not None and history.fits[1] is self.as_piece:
+        if way is self.as_one:
+            return history.keep(tick.time, computed, tick.span)
+        moving = history.keep(tick.time, self._parts.moving(computed), tick.span)
+        outputs, budget = self._parts.with_moving(moving, computed), way.memory_budget
+        if budget is not None:
             held = root.ledger.held(())
             if held.shared + held.others > budget:
                 root.over_budget = True

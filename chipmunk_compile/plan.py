@@ -21,7 +21,7 @@ from .passes.attention_sites import find_attention
 from .passes.canonical import canonicalise
 from .passes.collectives import collectives, exchanged, groups, is_exchange, is_sharded, knows_groups
 from .passes.collector import collector_paused
-from .passes.graphs import all_depend_on, only_computes
+from .passes.graphs import only_computes, outputs_from
 from .passes.lift_numbers import lift_numbers
 from .passes.lower import Treatment
 from .passes.mlp_sites import find_mlps
@@ -68,7 +68,7 @@ class Analysis:
     permutation: PermutationPlan | Declined | None = None
     axes: TokenAxes | None = field(default=None, repr=False)
     layers: int = 0  # self-attentions over tokens, those that are switched off too; MLPs where there are none
-    can_forecast: bool = False  # as a piece of a model: all that it does is to compute outputs that come from those
+    moving: tuple[bool, ...] = ()  # outputs that come from those, by position; none where a step may not go without
     reason: Reason | None = None
     detail: str = ""
 
@@ -134,20 +134,21 @@ def analyse(gm: fx.GraphModule, example_inputs: Sequence[Any], config: Config) -
     mlps, no_mlps = find_mlps(canonical, min_tokens=config.min_tokens)
     inputs = _with_timesteps(inputs, canonical, example_inputs)
     layers = len(attention or mlps)
-    piece = only_computes(canonical) and all_depend_on(canonical, [site.node for site in attention or mlps])
+    moving = outputs_from(canonical, [site.node for site in attention or mlps])
+    moving = moving if any(moving) and only_computes(canonical, moving) else ()
     # A block compiled by itself does not know how many came before it: its callable counts (runner.py).
     first = config.dense_layers if inputs.timesteps or layers > config.dense_layers else 0
     sites, leading = _without_leading(canonical, attention, mlps, first)
     sites, switched_off = _switch(sites, config)
     declined = (*no_attention, *no_mlps, *leading, *switched_off)
-    if not sites and not ((inputs.timesteps or piece) and config.forecasts):  # forecasts need no site
+    if not sites and not ((inputs.timesteps or moving) and config.forecasts):  # forecasts need no site
         return Analysis(inputs, canonical, declined=declined, reason=Reason.NO_SITES)
     if not inputs.parameters:
         return Analysis(inputs, canonical, declined=declined, reason=Reason.NO_OWNER)
     axes = analyse_tokens(canonical)
     permutation = _permute(canonical, sites, axes, inputs, config)
     sites = permuted_sites(sites)
-    return Analysis(inputs, canonical, tuple(sites), declined, permutation, axes, layers, piece)
+    return Analysis(inputs, canonical, tuple(sites), declined, permutation, axes, layers, moving)
 
 
 def make_plan(analysis: Analysis, grids: Sequence[tuple[Grid, ...] | None], config: Config) -> Plan:

@@ -251,7 +251,7 @@ class Report:
         if not self.config.forecasts:
             return []
         if way is None:
-            return ["none: that takes graphs that hand on nothing but their tokens, and a clock"]
+            return ["none: that takes graphs that do nothing but compute, and a clock"]
         if way.forecast.tolerance is not None:
             which = f"as many steps in a row as leave under {way.forecast.tolerance:.2%} of error in the latents"
         elif way.schedule.forecast_at:

@@ -19,6 +19,7 @@ from .models import Root
 from .offloading import prefetch
 from .passes.graphs import only_computes
 from .passes.reasons import Reason
+from .pieces import Parts
 from .plan import Analysis, make_plan
 from .programs import Compiler, Programs, dense_program, is_disabled
 from .ranks import ranks_of
@@ -69,7 +70,9 @@ class Runner(Called):
         self._compiler = compiler
         self._ranks = ranks_of(gm)
         self._computes = only_computes(analysis.canonical)
-        self._forecaster = Forecaster(config, self._computes, analysis.can_forecast)
+        self._forecaster = Forecaster(
+            config, self._computes, Parts(analysis, config, compiler) if analysis.moving else None
+        )
         # Layers of a forward that stay dense, where this graph holds too few to tell which of them they are.
         self._dense_until = config.dense_layers if analysis.layers <= config.dense_layers else 0
         self._by_grid: dict[tuple, Programs] = {} if programs is None else programs
@@ -207,11 +210,10 @@ class Runner(Called):
         elif history is None:
             outputs = self._run_program(program, programs, state, args)
         elif program is Program.FORECAST:
-            telemetry.count("forecast")
-            outputs = history.forecast(tick.time)
+            outputs = self._forecaster.forecast(way, history, tick, args)
         else:
             computed = self._run_beside(history, program, beside, programs, state, tick, args)
-            outputs = self._forecaster.keep(history, owner.root, tick, computed)
+            outputs = self._forecaster.keep(way, history, owner.root, tick, computed)
         owner.root.end_call(self._analysis.layers)
         return outputs
 
@@ -228,14 +230,13 @@ class Runner(Called):
         forecast = self._ranks.agree(Program.FORECAST if may else Program.DENSE).program is Program.FORECAST
         settle(others, tick.time, forecast)
         if forecast:
-            telemetry.count("forecast")
-            outputs = history.forecast(tick.time)
+            outputs = self._forecaster.forecast(way, history, tick, args)
         else:
             if self._dense is None:
                 self._dense = dense_program(self._dynamo, args, self._config, self._compiler)
             outputs = self._dense(*args) if early is None else early.outputs
             if not tick.is_past:
-                outputs = self._forecaster.keep(history, owner.root, tick, outputs)
+                outputs = self._forecaster.keep(way, history, owner.root, tick, outputs)
         owner.root.end_call(self._analysis.layers)
         return outputs
 

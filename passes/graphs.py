@@ -3,7 +3,7 @@ what a graph does as a whole."""
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 
 import torch
 from torch import fx
@@ -22,22 +22,40 @@ def graph_module(root, graph: fx.Graph) -> fx.GraphModule:
     return _GraphModule(root, graph)
 
 
-def only_computes(canonical: fx.GraphModule) -> bool:
-    """Whether a graph does nothing but return new floating-point tensors: then a step may go without it."""
-    output = next(iter(reversed(canonical.graph.nodes)))
-    values = [node.meta.get("val") if isinstance(node, fx.Node) else None for node in output.args[0]]
+def only_computes(canonical: fx.GraphModule, which: Sequence[bool] | None = None) -> bool:
+    """Whether a graph does nothing but return new floating-point tensors: then a step may go without it.
+
+    which: the outputs that have to be such tensors, by position; all of them if not given.
+    """
+    outputs = _outputs(canonical)
+    asked = [node for node, is_asked in zip(outputs, which or [True] * len(outputs)) if is_asked]
+    values = [node.meta.get("val") if isinstance(node, fx.Node) else None for node in asked]
     return (
         all(isinstance(value, torch.Tensor) and value.is_floating_point() for value in values)
-        and not any(node.op == "placeholder" for node in output.all_input_nodes)
+        and not any(node.op == "placeholder" for node in asked)
         and not any(node.target is torch.ops.aten.copy_.default for node in canonical.graph.nodes)
     )
 
 
-def all_depend_on(canonical: fx.GraphModule, sources: Collection[fx.Node]) -> bool:
-    """Whether every output of a graph is computed from one of the nodes `sources` at least."""
+def outputs_from(canonical: fx.GraphModule, sources: Collection[fx.Node]) -> tuple[bool, ...]:
+    """Which outputs of a graph are computed from any of the nodes `sources`."""
     reached = set(sources)
     for node in canonical.graph.nodes:
-        if node.op != "output" and not reached.isdisjoint(node.all_input_nodes):
+        if not reached.isdisjoint(node.all_input_nodes):
             reached.add(node)
-    output = next(iter(reversed(canonical.graph.nodes)))
-    return reached.issuperset(node for node in output.args[0] if isinstance(node, fx.Node))
+    return tuple(isinstance(node, fx.Node) and node in reached for node in _outputs(canonical))
+
+
+def with_outputs(canonical: fx.GraphModule, which: Sequence[bool], inputs: int) -> fx.GraphModule:
+    """What computes some outputs of a graph alone, from its first `inputs` inputs; the others must not matter to it."""
+    graph = fx.Graph()
+    outputs = graph.graph_copy(canonical.graph, {})
+    graph.output([value for value, is_kept in zip(outputs, which) if is_kept])
+    graph.eliminate_dead_code()
+    for placeholder in [node for node in graph.nodes if node.op == "placeholder"][inputs:]:
+        graph.erase_node(placeholder)
+    return graph_module(canonical, graph)
+
+
+def _outputs(canonical: fx.GraphModule) -> Sequence:
+    return next(iter(reversed(canonical.graph.nodes))).args[0]
