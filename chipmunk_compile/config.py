@@ -169,9 +169,9 @@ class Config:
         return self.inductor_options().get("triton.cudagraphs", torch._inductor.config.triton.cudagraphs)
 
 
-# Points on the frontier of docs/quality.md. Where steps can be forecast (one graph that tells the time), forecasts as
-# far as they prove good are the best there is; models in pieces run deltas. "exact" computes every column, so it
-# differs from dense by rounding alone.
+# Points on the frontier of docs/quality.md. Where steps can be forecast, forecasts as far as they prove good are the
+# best there is; models that must run at every step run deltas. "exact" computes every column, so it differs from dense
+# by rounding alone.
 _OTHERS_WHOLE = {"forecast.repay": True, "forecast.refresh_every": 1}
 PRESETS: dict[str, dict[str, Any]] = {
     "exact": {"attention.sparsity": 0.0, "mlp.sparsity": 0.0},

@@ -72,8 +72,8 @@ class Forecaster:
         """What this step runs where steps may be forecast, `unforeseen` where this one is due for it and cannot be."""
         if way is self.as_one:
             return _due(way, history, others, tick, unforeseen)
-        forward, key = root.forward, leader_of(tick.stream)
-        if forward.due is None and key is not None:
+        forward = root.forward
+        if forward.due is None and (key := leader_of(tick.stream)) is not None:
             leader = tick.stream.states[key]
             due = _due(way, leader, others_of(leader, tick.stream, forward.clock.live, key), tick, unforeseen)
             reached = due is not Program.FORECAST or all_reach(tick.stream, tick.time, leader)
