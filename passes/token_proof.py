@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from torch import fx
 
 from .token_axis import Rope, TokenAxes, Value
-from .token_links import Call, Link, Span, is_element
+from .token_links import Call, Link, Span, element_of, is_element
 
 Places = frozenset[tuple[int, int]]  # (dim, start) of each occurrence in one value
 
@@ -87,13 +87,22 @@ def walls(gm: fx.GraphModule, axes: TokenAxes, held: Mapping[Value, Places], len
     for node in gm.graph.nodes:
         if node.op != "call_function" or is_element(node) or not touches(node, held):
             continue
-        if node not in axes.calls:
+        if not _agrees(node, held):
+            out[node] = "what is read of it is not what it holds"
+        elif node not in axes.calls:
             out[node] = "no rule for this op"
         elif (spot := unproven(axes.calls[node], held, length)) is not None:
             slot, dim, start = spot
             side = f"input {slot}" if slot >= 0 else f"output {~slot}"
             out[node] = f"rigid along dim {dim} of {side} from {start} to {start + length}"
     return out
+
+
+def _agrees(node: fx.Node, held: Mapping[Value, Places]) -> bool:
+    """Whether the elements of an op's outputs hold what those do: the links speak of the outputs, readers have the
+    elements."""
+    elements = filter(is_element, node.users)
+    return all(held.get((e, 0)) == held.get(element_of(e)) and _agrees(e, held) for e in elements)
 
 
 def touches(node: fx.Node, held: Mapping[Value, Places]) -> bool:

@@ -264,6 +264,26 @@ def test_graphs_with_nothing_to_permute_are_refused(recipe, causal):
     assert plan.reason in ((Reason.WALLED_IN, Reason.GRID_MISMATCH) if causal else (Reason.NO_SITES,))
 
 
+def test_what_is_read_of_an_op_must_be_what_it_holds(monkeypatch):
+    """The first part of an unbind is believed to hold no tokens: nothing would put them back in order behind it."""
+    gm, inputs = graph_of([("attention", 0, 0, 0), ("softmax", 0, 0, 0), ("unbind", 0, 0, 0)])
+    true = module.occurrences
+
+    def lies(axes, pattern):
+        return {
+            value: places for value, places in true(axes, pattern).items() if value[0].target is not operator.getitem
+        }
+
+    assert any(node.target is operator.getitem for node in gm.graph.nodes)
+    plain = values(gm)
+    monkeypatch.setattr(module, "occurrences", lies)
+    plan = plan_permutation(gm, attention_sites(gm), grid=GRID, share=math.inf)
+    assert any("what is read of it" in wall.why for wall in plan.walls)
+    permute_tokens(gm, plan)
+    indices = index_inputs(plan, [torch.randperm(run.length) for run in plan.runs])
+    assert difference(in_double(gm, *inputs, *indices), plain) < 1e-11
+
+
 @some_settings(200)
 @given(RECIPES, st.randoms(use_true_random=False))
 def test_the_proof_holds_whatever_the_analysis_believes(recipe, rng):
