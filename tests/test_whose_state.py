@@ -116,9 +116,10 @@ def test_two_pictures_by_turns_on_schedules_that_interleave(writers, second, tur
 
 @pytest.mark.parametrize("second", [{"start": 0.97}, {"steps": 9}], ids=str)
 @pytest.mark.parametrize("turns", [1, 2, 3])
-def test_no_forecast_builds_on_another_picture(writers, second, turns):
+@pytest.mark.parametrize("broken", [False, True])
+def test_no_forecast_builds_on_another_picture(writers, second, turns, broken):
     """As above, where steps are forecast and others run whole: each picture's outputs stay near to its own."""
-    model, loops = toy(), dict(zip("AB", pictures(**second)))
+    model, loops = toy(broken=broken), dict(zip("AB", pictures(**second)))
     compiled = torch.compile(model, backend=chipmunk, options={"min_tokens": 8})
     queues, made = {name: list(loop) for name, loop in loops.items()}, {"A": [], "B": []}
     while any(queues.values()):
@@ -126,8 +127,9 @@ def test_no_forecast_builds_on_another_picture(writers, second, turns):
             made[name] += [writers.call(name, compiled, inputs) for inputs in waiting[:turns]]
             del waiting[:turns]
     for name, loop in loops.items():
-        assert worst(made[name], loop.run(model)) < 0.05, "the other picture's are off by more than 0.2"
-    assert worst(loops["A"].run(model)[:9], loops["B"].run(model)[:9]) > 0.2
+        assert worst(made[name], loop.run(model)) < 0.15, "the other picture's are off by more than 0.3"
+    between = [worst([a], [b]) for a, b in zip(loops["A"].run(model)[1:9], loops["B"].run(model)[1:9])]
+    assert min(between) > 0.3
 
 
 @pytest.mark.parametrize("broken", [False, True])
