@@ -31,7 +31,7 @@ def main() -> None:
     noise = sampling.starting_noise(len(captions), args.seed, model)
 
     options = {"preset": args.preset}
-    # Every step computed, four of five by sparse deltas: what models in pieces run; the control is held against it.
+    # Every step computed, four of five by sparse deltas; the control is held against it.
     deltas = {**options, "schedule.refresh_every": 5}
 
     def chipmunk(options: dict):
