@@ -133,4 +133,14 @@ def graph_report(analysis: Analysis, plan: Plan | None) -> GraphReport:
     ranks = ranks_of(analysis.canonical).count if analysis.canonical else 1
     computes = analysis.reason is None and only_computes(analysis.canonical)
     work = dense, dense - saved, dense + more
-    return GraphReport(nodes, timed, analysis.reason, analysis.detail, *work, ranks, computes, bool(analysis.moving))
+    return GraphReport(
+        nodes,
+        timed,
+        analysis.reason,
+        analysis.detail,
+        *work,
+        ranks,
+        computes,
+        analysis.layers > 0,
+        bool(analysis.moving),
+    )

@@ -29,26 +29,28 @@ class Forecaster:
     as_one, as_piece: the options that hold where the graph is the whole forward, and where it is a piece of it.
     """
 
-    def __init__(self, config: Config, computes: bool, parts: Parts | None) -> None:
+    def __init__(self, config: Config, computes: bool, has_layers: bool, parts: Parts | None) -> None:
         """computes: the graph does nothing but that, so it may be a whole forward that is forecast. parts: of its
-        outputs; None where it cannot be forecast as a piece."""
+        outputs; None where it cannot be forecast as a piece: if it has layers, the other pieces cannot be either."""
         self.as_one, self.as_piece = config.where_forecast(), config.where_forecast(in_pieces=True)
-        self._computes, self._parts = computes, parts
+        self._computes, self._has_layers, self._parts = computes, has_layers, parts
 
     def way(self, root: Root) -> Config | None:
         """The options that hold for this call, if any outputs are to be remembered; else None."""
-        if self._parts is None:
-            root.forward.can_forecast = False
-        if root.is_one_call:
+        root.forward.pieces += self._parts is not None
+        root.forward.can_forecast &= self._parts is not None or not self._has_layers
+        root.has_layers |= self._has_layers
+        if root.is_one_call and self._has_layers == root.has_layers:  # what embeds the time for others is no forward
             asked = self.as_one.forecasts or self.as_one.forecast.residual > 0
             return self.as_one if asked and self._computes else None
-        return self.as_piece if self.as_piece.forecasts and root.is_of_pieces else None
+        is_piece = self._parts is not None and self.as_piece.forecasts and root.is_of_pieces
+        return self.as_piece if is_piece else None
 
     def history(self, way: Config | None, owner: Owner, stream: Stream, occurrence: int) -> History | None:
         """What is remembered of this call's outputs in earlier steps of the stream."""
         if way is None:
             return self.forget(owner, stream, occurrence)
-        leads = way is self.as_piece and owner.root.is_last_call
+        leads = way is self.as_piece and owner.root.is_last_piece
         key, fits = _key(owner, occurrence), (self, way is self.as_piece, leads)
         history = stream.states.get(key)
         if history is None or history.fits != fits:

@@ -40,7 +40,8 @@ class Forward:
     epoch: int
     blind: bool = False  # the tick may be another stream's
     calls: int = 0  # of graphs with sites, until now
-    can_forecast: bool = True  # none of those has to be run
+    pieces: int = 0  # of those, that can be forecast
+    can_forecast: bool = True  # all with layers can
     due: Program | None = None  # what all of them run, once the first one settled it; None where each is by itself
     layers: int = 0  # that those held
     occurrences: Counter = field(default_factory=Counter)  # by owner
@@ -72,6 +73,8 @@ class Root:
         self._running = threading.local()
         self._epoch = 0
         self._last: Forward | None = None  # complete
+        self._earlier: Forward | None = None  # the one before that
+        self.has_layers = False  # a graph that has some was called
         self.ledger = Ledger()
 
     def count(self, config: Config) -> None:
@@ -103,23 +106,28 @@ class Root:
         return not self.is_one_call and not self.over_budget and all(forward.can_forecast for forward in known)
 
     @property
-    def is_last_call(self) -> bool:
-        """Whether no call of a graph with sites follows in this forward, as in the one before."""
-        return self._last is not None and self.forward.calls == self._last.calls - 1
+    def is_last_piece(self) -> bool:
+        """Whether this is the last call of a forward that can be forecast, as in those before.
+
+        Two of them: a second graph that receives the timestep begins another within what is one to the model.
+        """
+        known = [forward.pieces for forward in (self._last, self._earlier) if forward is not None]
+        return bool(known) and self.forward.pieces == max(known)
 
     def forget(self) -> None:
         """No forward before this one counts any more."""
         for clock in (self._counted, self.block_clock):
             if clock is not None:
                 clock.release()
-        self.block = self.block_clock = self._leader = self._last = None
+        self.block = self.block_clock = self._leader = self._last = self._earlier = None
         self.hooked, self._early = False, frozenset()
         self._epoch += 1
 
     def begin_forward(self, clock: Clock, inputs: Inputs, read: Reader, owner: Owner | None = None) -> None:
         """owner: of the graph whose inputs these are; None where they are the model's own."""
         before = self.forward
-        self._last = before or self._last
+        if before is not None:
+            self._earlier, self._last = self._last, before
         tick = clock.tick(inputs, read)
         forward = self._running.forward = Forward(tick, clock, self._epoch)
         # Two calls alike, one graph of several sees: guidance whose prompts go to other graphs, maybe. Until a call
@@ -169,7 +177,7 @@ class Root:
         """Where the end of a forward is known outright."""
         if self.forward is not None:
             self.forward.clock.finish()
-            self._last, self._running.forward = self.forward, None
+            self._earlier, self._last, self._running.forward = self._last, self.forward, None
 
     def _clock_of(self, owner: Owner) -> Clock | None:
         if self.hooked:

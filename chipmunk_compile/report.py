@@ -73,6 +73,7 @@ class GraphReport:
     refresh_flops: int
     ranks: int = 1  # that run it together, exchanging tokens
     computes: bool = False  # and does nothing else: its outputs may be forecast
+    has_layers: bool = False
     is_piece: bool = False  # may be forecast beside other graphs: what it hands on comes from its sites
 
 
@@ -237,7 +238,7 @@ class Report:
             return None
         if len(self.graphs) == 1:
             return self.config.where_forecast() if self.graphs[0].computes else None
-        pieces = [g for g in self.graphs if g.reason is None]
+        pieces = [g for g in self.graphs if g.reason is None and g.has_layers]
         return self.config.where_forecast(in_pieces=True) if pieces and all(g.is_piece for g in pieces) else None
 
     @property

@@ -70,9 +70,8 @@ class Runner(Called):
         self._compiler = compiler
         self._ranks = ranks_of(gm)
         self._computes = only_computes(analysis.canonical)
-        self._forecaster = Forecaster(
-            config, self._computes, Parts(analysis, config, compiler) if analysis.moving else None
-        )
+        parts = Parts(analysis, config, compiler) if analysis.moving else None
+        self._forecaster = Forecaster(config, self._computes, analysis.layers > 0, parts)
         # Layers of a forward that stay dense, where this graph holds too few to tell which of them they are.
         self._dense_until = config.dense_layers if analysis.layers <= config.dense_layers else 0
         self._by_grid: dict[tuple, Programs] = {} if programs is None else programs

@@ -8,7 +8,7 @@ from chipmunk_compile.backend import chipmunk
 from chipmunk_compile.config import PRESETS, Config, ScheduleOptions
 from chipmunk_compile.schedule import Program, programs_of
 from tests.test_forecast import Linear
-from tests.toy_dit import Loop, toy, worst
+from tests.toy_dit import Loop, ToyDiT, toy, worst
 
 STEPS = 20
 WHOLE = [name for name, options in PRESETS.items() if options.get("forecast.refresh_every") == 1]
@@ -111,6 +111,32 @@ def test_behind_a_graph_break_steps_are_forecast_too(name, uncompiled):
         set(programs) == {"dense", "forecast"} and programs["forecast"] % 2 == 0 and programs["forecast"] > STEPS // 2
     )
     assert alike(outputs, loop.run(toy(layers=3, broken=True))) < 30 * PRESETS[name]["forecast.tolerance"]
+
+
+class EmbedsApart(ToyDiT):
+    """A graph of its own embeds the time; others hold the blocks."""
+
+    def forward(self, x, t, prompt):
+        angles = 1000 * t[:, None] * torch.exp(-torch.arange(self.dim // 2) * 0.3)
+        c = self.time(torch.cat([angles.sin(), angles.cos()], -1))
+        torch._dynamo.graph_break()
+        h = self.blocks[0](torch.cat([self.text(prompt), self.into(x)], 1), c)
+        torch._dynamo.graph_break()
+        for block in self.blocks[1:]:
+            h = block(h, c)
+        return self.final(h[:, prompt.shape[1] :])
+
+
+def test_what_embeds_the_time_for_other_graphs_is_always_run(uncompiled):
+    """It is no forward by itself, and keeps nothing from being forecast."""
+    torch.manual_seed(0)
+    model, loop = EmbedsApart(layers=3).eval().requires_grad_(False), Loop(steps=STEPS)
+    truth = loop.run(model)
+    assert alike(loop.run(compiled(model, preset("fast"))), truth) < 30 * PRESETS["fast"]["forecast.tolerance"]
+    programs = ran()
+    assert set(programs) == {"dense", "forecast"} and programs["forecast"] > STEPS
+    assert programs["forecast"] % 2 == 0, "both graphs of blocks"
+    assert sum(programs.values()) == 3 * STEPS
 
 
 def test_a_piece_that_writes_keeps_the_others_computed(uncompiled):
