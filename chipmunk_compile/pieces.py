@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from itertools import compress
 
 from .config import Config
-from .passes.graphs import with_outputs
+from .passes.graphs import copy_graph
 from .plan import Analysis
 from .programs import Compiler, compile_graph
 
@@ -22,7 +22,6 @@ class Parts:
         """compiler: Inductor when not given."""
         self._analysis, self._config = analysis, config
         self._compiler = compiler or compile_graph
-        self._is_still = [not moves for moves in analysis.moving]
         self._program: Callable | None = None
 
     def moving(self, outputs: Sequence) -> list:
@@ -35,10 +34,9 @@ class Parts:
 
     def with_still(self, moving: Sequence, args: Sequence) -> list:
         """All outputs of a step: `moving`, and the others for the inputs `args`."""
-        if not any(self._is_still):
+        if self._analysis.still is None:
             return list(moving)
-        if self._program is None:
-            graph = with_outputs(self._analysis.canonical, self._is_still, len(args))
-            self._program = self._compiler(graph, list(args), self._config)
+        if self._program is None:  # a compiler takes over what it gets
+            self._program = self._compiler(copy_graph(self._analysis.still)[0], list(args), self._config)
         still, moved = iter(self._program(*args)), iter(moving)
-        return [next(still) if is_still else next(moved) for is_still in self._is_still]
+        return [next(moved) if moves else next(still) for moves in self._analysis.moving]

@@ -21,9 +21,9 @@ from .passes.attention_sites import find_attention
 from .passes.canonical import canonicalise
 from .passes.collectives import collectives, exchanged, groups, is_exchange, is_sharded, knows_groups
 from .passes.collector import collector_paused
-from .passes.graphs import only_computes, outputs_from
+from .passes.graphs import keep_outputs, only_computes, outputs_from
 from .passes.lift_numbers import lift_numbers
-from .passes.lower import Treatment
+from .passes.lower import Treatment, dense_copy
 from .passes.mlp_sites import find_mlps
 from .passes.permute_tokens import (
     PermutationPlan,
@@ -69,6 +69,7 @@ class Analysis:
     axes: TokenAxes | None = field(default=None, repr=False)
     layers: int = 0  # self-attentions over tokens, those that are switched off too; MLPs where there are none
     moving: tuple[bool, ...] = ()  # outputs that come from those, by position; none where a step may not go without
+    still: fx.GraphModule | None = None  # computes the others, if there are any, from the inputs of the graph
     reason: Reason | None = None
     detail: str = ""
 
@@ -136,6 +137,7 @@ def analyse(gm: fx.GraphModule, example_inputs: Sequence[Any], config: Config) -
     layers = len(attention or mlps)
     moving = outputs_from(canonical, [site.node for site in attention or mlps])
     moving = moving if any(moving) and only_computes(canonical, moving) else ()
+    still = None if all(moving) else keep_outputs(dense_copy(canonical)[0], [not moves for moves in moving])
     # A block compiled by itself does not know how many came before it: its callable counts (runner.py).
     first = config.dense_layers if inputs.timesteps or layers > config.dense_layers else 0
     sites, leading = _without_leading(canonical, attention, mlps, first)
@@ -148,7 +150,7 @@ def analyse(gm: fx.GraphModule, example_inputs: Sequence[Any], config: Config) -
     axes = analyse_tokens(canonical)
     permutation = _permute(canonical, sites, axes, inputs, config)
     sites = permuted_sites(sites)
-    return Analysis(inputs, canonical, tuple(sites), declined, permutation, axes, layers, moving)
+    return Analysis(inputs, canonical, tuple(sites), declined, permutation, axes, layers, moving, still)
 
 
 def make_plan(analysis: Analysis, grids: Sequence[tuple[Grid, ...] | None], config: Config) -> Plan:

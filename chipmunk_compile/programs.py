@@ -20,7 +20,7 @@ from .kept import Keeper, marks, unchanged
 from .kernels import cpu, ops
 from .offloading import Offload
 from .passes.collector import collector_paused
-from .passes.graphs import graph_module
+from .passes.graphs import copy_graph
 from .passes.key_masks import mask_inputs
 from .passes.lower import StateTensor, kept_state, lift_state, lower
 from .passes.offload import offload, offload_state
@@ -192,12 +192,7 @@ def dense_program(gm: fx.GraphModule, args: Sequence, config: Config, compiler: 
 
 def _copy(gm: fx.GraphModule) -> fx.GraphModule:
     """Dynamo keeps its own graph: changing that one breaks its guards."""
-    graph = fx.Graph()
-    env: dict[fx.Node, fx.Node] = {}
-    graph.output(graph.graph_copy(gm.graph, env))
-    copied = graph_module(gm, graph)
-    copied.meta.update(gm.meta)
-    return _with_dynamo_metadata(copied, gm)
+    return _with_dynamo_metadata(copy_graph(gm)[0], gm)
 
 
 def _with_dynamo_metadata(gm: fx.GraphModule, dynamo: fx.GraphModule) -> fx.GraphModule:

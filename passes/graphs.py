@@ -4,6 +4,7 @@ what a graph does as a whole."""
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from itertools import compress
 
 import torch
 from torch import fx
@@ -46,15 +47,21 @@ def outputs_from(canonical: fx.GraphModule, sources: Collection[fx.Node]) -> tup
     return tuple(isinstance(node, fx.Node) and node in reached for node in _outputs(canonical))
 
 
-def with_outputs(canonical: fx.GraphModule, which: Sequence[bool], inputs: int) -> fx.GraphModule:
-    """What computes some outputs of a graph alone, from its first `inputs` inputs; the others must not matter to it."""
-    graph = fx.Graph()
-    outputs = graph.graph_copy(canonical.graph, {})
-    graph.output([value for value, is_kept in zip(outputs, which) if is_kept])
-    graph.eliminate_dead_code()
-    for placeholder in [node for node in graph.nodes if node.op == "placeholder"][inputs:]:
-        graph.erase_node(placeholder)
-    return graph_module(canonical, graph)
+def keep_outputs(gm: fx.GraphModule, which: Sequence[bool]) -> fx.GraphModule:
+    """Leaves (in place) what computes some outputs of a graph without side effects, from the same inputs."""
+    output = next(iter(reversed(gm.graph.nodes)))
+    output.args = (list(compress(_outputs(gm), which)),)
+    gm.graph.eliminate_dead_code()
+    return gm
+
+
+def copy_graph(gm: fx.GraphModule) -> tuple[fx.GraphModule, dict[fx.Node, fx.Node]]:
+    """A copy with the same parameters and metadata, and where the nodes are in it."""
+    graph, env = fx.Graph(), {}
+    graph.output(graph.graph_copy(gm.graph, env))
+    copied = graph_module(gm, graph)
+    copied.meta.update(gm.meta)
+    return copied, env
 
 
 def _outputs(canonical: fx.GraphModule) -> Sequence:

@@ -20,7 +20,7 @@ from ..kernels import ops  # noqa: F401  (defines torch.ops.chipmunk)
 from ..kernels.reference import sample_table
 from .canonical import clean
 from .exchanges import flatten_exchanges
-from .graphs import graph_module
+from .graphs import copy_graph
 from .keep_gathers import kept_gathers, use_kept
 from .key_masks import attended_keys, has_boolean_mask
 from .quantised import call_quantised
@@ -134,7 +134,7 @@ def lower(
     mlp:        linear(act(linear(x)))      ->  the same + copy_ into the caches / chipmunk.mlp_delta
     gathers of tokens that hold still       ->  the same                         / state, made by the keep program
     """
-    lowered, env = _copy(gm)
+    lowered, env = copy_graph(gm)
     graph = lowered.graph
     state: dict[str, fx.Node] = {}
     last = [n for n in graph.nodes if n.op == "placeholder"][-1]
@@ -157,17 +157,8 @@ def lower(
 
 def dense_copy(gm: fx.GraphModule) -> tuple[fx.GraphModule, dict[fx.Node, fx.Node]]:
     """A copy of canonical `gm` that runs as it is, and where its nodes are in it: for looking at sites from outside."""
-    copied, env = _copy(gm)
+    copied, env = copy_graph(gm)
     return _runnable(copied), env
-
-
-def _copy(gm: fx.GraphModule) -> tuple[fx.GraphModule, dict[fx.Node, fx.Node]]:
-    graph = fx.Graph()
-    env: dict[fx.Node, fx.Node] = {}
-    graph.output(graph.graph_copy(gm.graph, env))
-    copied = graph_module(gm, graph)
-    copied.meta.update(gm.meta)
-    return copied, env
 
 
 def _runnable(gm: fx.GraphModule) -> fx.GraphModule:

@@ -46,10 +46,10 @@ class Builder:
         """The same labels in the same order for any number of steps."""
         yield from self._first(steps)
         yield from self._ours_judged()
-        yield from self._ours_combined()
         yield from self._rivals_of_blocks(steps)
-        yield from self._ours_alone(steps)
         yield from self._more(steps)
+        yield from self._ours_combined()
+        yield from self._ours_alone(steps)
 
     def ours(self, **options) -> Method:
         """As methods.chipmunk: double underscores stand for dots. Compiled once for all numbers of steps."""
