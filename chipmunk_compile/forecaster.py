@@ -39,8 +39,7 @@ class Forecaster:
         """The options that hold for this call, if any outputs are to be remembered; else None."""
         root.forward.pieces += self._parts is not None
         root.forward.can_forecast &= self._parts is not None or not self._has_layers
-        root.has_layers |= self._has_layers
-        if root.is_one_call and self._has_layers == root.has_layers:  # what embeds the time for others is no forward
+        if root.is_one_call:
             asked = self.as_one.forecasts or self.as_one.forecast.residual > 0
             return self.as_one if asked and self._computes else None
         is_piece = self._parts is not None and self.as_piece.forecasts and root.is_of_pieces

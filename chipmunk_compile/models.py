@@ -6,8 +6,8 @@ import logging
 import sys
 import threading
 import weakref
-from collections import Counter
-from collections.abc import Sequence
+from collections import Counter, deque
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -29,15 +29,18 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 # Calls in a row with parameters never seen before, until they count as never the same.
 STRANGERS = 3
+# Forwards that are remembered: as many graphs that receive the timestep may be called by turns.
+RECENT = 4
 
 
 @dataclass(eq=False)
 class Forward:
-    """One forward of a model, in one thread."""
+    """One forward of a model, in one thread: what is called from one tick to the next."""
 
     tick: Tick
     clock: Clock
     epoch: int
+    begun_by: Hashable = None  # key of the owner whose call began it; None where the model's own did
     blind: bool = False  # the tick may be another stream's
     calls: int = 0  # of graphs with sites, until now
     pieces: int = 0  # of those, that can be forecast
@@ -72,9 +75,7 @@ class Root:
         self._early: frozenset[int] = frozenset()
         self._running = threading.local()
         self._epoch = 0
-        self._last: Forward | None = None  # complete
-        self._earlier: Forward | None = None  # the one before that
-        self.has_layers = False  # a graph that has some was called
+        self._recent: deque[Forward] = deque(maxlen=RECENT)  # complete; the last one comes last
         self.ledger = Ledger()
 
     def count(self, config: Config) -> None:
@@ -94,32 +95,49 @@ class Root:
         return running if running is not None and running.epoch == self._epoch else None
 
     @property
+    def _last(self) -> Forward | None:
+        """The complete forward that shows what the one under way will be: the last that began alike."""
+        alike = (past for past in reversed(self._recent) if past.begun_by == self.forward.begun_by)
+        return next(alike, None)
+
+    def is_one_call_of(self, owner: Owner) -> bool:
+        """Whether the forward that this thread is in was one call of `owner` until now."""
+        forward = self.forward
+        alone = self.whole and forward is not None and forward.calls == 1 and not forward.blind
+        return alone and forward.begun_by == owner.key
+
+    @property
     def is_one_call(self) -> bool:
-        """Whether a forward is one call of one graph, as far as is known: then its outputs are the model's."""
-        only = self._last is None or self._last.calls == 1
-        return self.whole and only and self.forward is not None and self.forward.calls == 0
+        """Whether a forward is one call of one graph, as far as is known: then its outputs are the model's.
+
+        Where graphs that receive the timestep take turns, none of them is: one embeds the time for others, perhaps.
+        """
+        only = not self._recent or (self._recent[-1] is self._last and self._last.calls == 1)
+        return self.whole and only and self.forward.calls == 0
 
     @property
     def is_of_pieces(self) -> bool:
-        """Whether a forward is calls of several graphs, all of which could be forecast, as far as is known."""
-        known = [forward for forward in (self._last, self.forward) if forward is not None]
-        return not self.is_one_call and not self.over_budget and all(forward.can_forecast for forward in known)
+        """Whether a forward is calls of several graphs, all of which could be forecast, as far as is known.
+
+        To be asked in the call of a graph that has layers. Those of others that begin a forward are none of these
+        pieces' forwards; where two that have some do, nothing tells that they are forecast in the same steps.
+        """
+        known = [*(past for past in self._recent if past.layers), self.forward]
+        together = all(forward.can_forecast and forward.begun_by == self.forward.begun_by for forward in known)
+        return together and not self.is_one_call and not self.over_budget
 
     @property
     def is_last_piece(self) -> bool:
-        """Whether this is the last call of a forward that can be forecast, as in those before.
-
-        Two of them: a second graph that receives the timestep begins another within what is one to the model.
-        """
-        known = [forward.pieces for forward in (self._last, self._earlier) if forward is not None]
-        return bool(known) and self.forward.pieces == max(known)
+        """Whether this is the last call of a forward that can be forecast, as in the one before."""
+        return self._last is not None and self.forward.pieces == self._last.pieces
 
     def forget(self) -> None:
         """No forward before this one counts any more."""
         for clock in (self._counted, self.block_clock):
             if clock is not None:
                 clock.release()
-        self.block = self.block_clock = self._leader = self._last = self._earlier = None
+        self.block = self.block_clock = self._leader = None
+        self._recent.clear()
         self.hooked, self._early = False, frozenset()
         self._epoch += 1
 
@@ -127,9 +145,10 @@ class Root:
         """owner: of the graph whose inputs these are; None where they are the model's own."""
         before = self.forward
         if before is not None:
-            self._earlier, self._last = self._last, before
+            self._recent.append(before)
         tick = clock.tick(inputs, read)
-        forward = self._running.forward = Forward(tick, clock, self._epoch)
+        begun_by = owner.key if owner is not None else None
+        forward = self._running.forward = Forward(tick, clock, self._epoch, begun_by)
         # Two calls alike, one graph of several sees: guidance whose prompts go to other graphs, maybe. Until a call
         # follows that is not repeated, nothing tells its stream.
         if before is not None and owner is not None and set(before.occurrences) - {owner.key}:
@@ -153,7 +172,8 @@ class Root:
             self.wanted = True
             return None
         occurrence = forward.occurrences[owner.key]
-        if self._leader is not None and self._last and occurrence >= max(self._last.occurrences[owner.key], 1):
+        last = self._last
+        if self._leader is not None and last is not None and occurrence >= max(last.occurrences[owner.key], 1):
             # Called more often than in the forward before: the leader's graph is no more, and nobody counts.
             self._leader, self._epoch = None, self._epoch + 1
             return None
@@ -170,14 +190,16 @@ class Root:
         if forward is not None:
             forward.calls += 1
             forward.layers += layers
-            if not self.hooked and forward.calls >= max(self._last.calls if self._last else 0, 1):
+            usual = self._last.calls if self._last is not None else 1
+            if not self.hooked and forward.calls >= max(usual, 1):
                 forward.clock.finish()
 
     def end_forward(self) -> None:
         """Where the end of a forward is known outright."""
         if self.forward is not None:
             self.forward.clock.finish()
-            self._earlier, self._last, self._running.forward = self._last, self.forward, None
+            self._recent.append(self.forward)
+            self._running.forward = None
 
     def _clock_of(self, owner: Owner) -> Clock | None:
         if self.hooked:

@@ -143,7 +143,8 @@ def analyse(gm: fx.GraphModule, example_inputs: Sequence[Any], config: Config) -
     sites, leading = _without_leading(canonical, attention, mlps, first)
     sites, switched_off = _switch(sites, config)
     declined = (*no_attention, *no_mlps, *leading, *switched_off)
-    if not sites and not ((inputs.timesteps or moving) and config.forecasts):  # forecasts need no site
+    is_model = bool(inputs.timesteps and inputs.latents)  # what embeds the time for other graphs is none
+    if not sites and not ((is_model or moving) and config.forecasts):  # forecasts need no site
         return Analysis(inputs, canonical, declined=declined, reason=Reason.NO_SITES)
     if not inputs.parameters:
         return Analysis(inputs, canonical, declined=declined, reason=Reason.NO_OWNER)

@@ -103,8 +103,7 @@ class Runner(Called):
         dense model has no state, and is right in any case.
         """
         root, expected = owner.root, owner.clock.expected if owner.clock is not None else None
-        before = root.forward
-        alone = root.whole and before is not None and before.calls == 1 and not before.blind and not self._dense_until
+        alone = root.is_one_call_of(owner) and not self._dense_until
         # What writes more than its state must not run twice, nor what the other ranks may run once.
         if expected is None or not alone or not self._computes or self._ranks.several or is_disabled():
             return
