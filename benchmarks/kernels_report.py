@@ -54,14 +54,17 @@ class Results:
     def has(self, case: Case) -> bool:
         return self.find(case.key) is not None
 
-    def find(self, key: tuple) -> dict[str, Any] | None:
-        """The row of that key, unless it is to be measured again or was measured with other sources."""
+    def find(self, key: tuple, sources: str | None = None) -> dict[str, Any] | None:
+        """The row of that key, unless it is to be measured again or was measured with other sources.
+
+        sources: that row's, where they are not those of the head."""
         row = self.rows.get(key)
-        return row if row is not None and not self._again and row["sources"] == self.head["sources"] else None
+        wanted = sources or self.head["sources"]
+        return row if row is not None and not self._again and row["sources"] == wanted else None
 
     def add(self, row: dict[str, Any]) -> None:
         """Written at once: a run that is cut off has lost nothing."""
-        self.rows[self._key(row)] = {**row, "sources": self.head["sources"]}
+        self.rows[self._key(row)] = {"sources": self.head["sources"], **row}
         temporary = self.path.with_suffix(".tmp")
         temporary.write_text(json.dumps(self.whole, indent=1) + "\n")
         os.replace(temporary, self.path)
@@ -97,10 +100,11 @@ def provenance(*folders: str) -> dict[str, Any]:
     }
 
 
-def digest(*folders: str) -> str:
-    """Of all that makes the programs: rows of others are no longer theirs."""
+def digest(*sources: str) -> str:
+    """Of all that makes the programs, files and folders: rows of others are no longer theirs."""
     hashed = hashlib.sha256()
-    for path in sorted(path for folder in folders for path in (ROOT / folder).rglob("*")):
+    roots = [ROOT / source for source in sources]
+    for path in sorted(path for root in roots for path in ([root] if root.is_file() else root.rglob("*"))):
         if path.suffix in (".py", ".jinja", ".json") and path.is_file():
             hashed.update(path.read_bytes())
     return hashed.hexdigest()[:12]

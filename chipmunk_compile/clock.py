@@ -165,8 +165,7 @@ class InferredClock(Clock):
         asked for (those not seen before). This is the one device read of a forward.
         """
         evidence = Evidence(inputs, self._on_death)
-        for past in self._memory:
-            evidence.prints.update({p: v for p, v in past.prints.items() if evidence.same_object(past, p)})
+        evidence.recall(reversed(self._memory))
         unknown = [p for p in range(len(inputs)) if p not in evidence.prints]
         self.expected = self._expect(evidence)
         evidence.times, prints = read(unknown)
@@ -177,16 +176,17 @@ class InferredClock(Clock):
         learned = self._learn(evidence)
         self.live = [s for s in self.live if not s.dead]
         stream = self._match(evidence)
-        if stream is not None and self._is_sibling(stream, evidence):
-            stream = None
+        changed, leaped, _ = self._changes(stream.last, evidence) if stream is not None else (0, 0, 0.0)
+        if stream is not None and evidence.time == stream.time and changed == leaped > 0:
+            stream = None  # another picture of the same conditioning, denoised beside this one: unrelated latents
         fresh, sound = True, False
         repeats |= stream is not None and stream.last is not None and _is_same_call(stream.last, evidence)
-        if stream is None or not self._continues(stream, evidence):
+        if stream is None or not self._continues(stream, evidence, changed, leaped):
             stream = self._begin(stream, evidence)
         else:
             # A first step repeated may be a generation begun again, and what was just learned may not be all.
             repeated = stream.step == 0 and evidence.time == stream.time
-            leaped = self._latents_leaped(stream, evidence) or self._time_leaped(stream, evidence)
+            leaped = self._latents_leaped(evidence, changed == leaped == 1) or self._time_leaped(stream, evidence)
             sound = not leaped and not repeated
             fresh = learned or not sound
         if stream.last is not None and evidence.time != stream.time:
@@ -226,11 +226,18 @@ class InferredClock(Clock):
     def _learn(self, evidence: Evidence) -> bool:
         """Whether an input proved to be conditioning just now: it recurs at another time."""
         before = len(self.conditioning)
-        for past in self._memory:
-            if past.time != evidence.time:
-                recurring = {p for p in range(len(evidence)) if evidence.same(past, p)} - self.latents
-                self._remade |= {p for p in recurring if past.objects[p]() is None}
-                self.conditioning |= recurring
+        for position in set(range(len(evidence))) - self.latents - self._remade:
+            known = position in self.conditioning
+            for past in self._memory:
+                gone = past.is_gone(position)
+                # Of what is known to recur, only whether it does as another object is still to be learned.
+                if past.time == evidence.time or (known and not gone) or not evidence.same(past, position):
+                    continue
+                known = True
+                self.conditioning.add(position)
+                if gone:
+                    self._remade.add(position)
+                    break
         return len(self.conditioning) > before
 
     def _names(self, stream: Stream, evidence: Evidence) -> bool:
@@ -238,7 +245,7 @@ class InferredClock(Clock):
         return last is not None and all(
             evidence.same_object(last, p)
             # Two objects of one content, both alive: two pipelines given the same prompt.
-            or (evidence.same_content(last, p) and last.objects[p]() is None)
+            or (evidence.same_content(last, p) and last.is_gone(p))
             for p in self.conditioning
         )
 
@@ -250,47 +257,48 @@ class InferredClock(Clock):
         if not self.conditioning:
             return self.live[-1] if self.live and len(evidence) <= 1 else None
         named = [stream for stream in reversed(self.live) if self._names(stream, evidence)]
-        return min(named, key=lambda stream: self._changes(stream, evidence)[2], default=None)
+        if len(named) < 2:
+            return named[0] if named else None
+        return min(named, key=lambda stream: self._changes(stream.last, evidence)[2])
 
-    def _is_sibling(self, stream: Stream, evidence: Evidence) -> bool:
-        """Another picture of the same conditioning, denoised beside this one: unrelated latents at the same time."""
-        changed, leaped, _ = self._changes(stream, evidence)
-        return evidence.time == stream.time and changed == leaped > 0
-
-    def _continues(self, stream: Stream, evidence: Evidence) -> bool:
+    def _continues(self, stream: Stream, evidence: Evidence, changed: int, leaped: int) -> bool:
+        """changed, leaped: how many inputs did since the last step of the stream."""
         move = evidence.time - stream.time
         direction = stream.stride or self._direction
         if move * direction < 0:
             if not stream.stride:
                 self._direction = 0.0  # learned from another schedule, perhaps: learn it again
             return False
-        changed, leaped, _ = self._changes(stream, evidence)
         if self._time_leaped(stream, evidence) and (leaped or not changed):
             return False  # where the latents go on, it is a schedule with a gap, as some distilled models have
         return not (leaped == changed and changed > 1)
 
+    def _goes_on(self, stream: Stream, evidence: Evidence) -> bool:
+        """Whether a call could be the next step of a stream."""
+        return self._names(stream, evidence) and self._continues(
+            stream, evidence, *self._changes(stream.last, evidence)[:2]
+        )
+
     def _time_leaped(self, stream: Stream, evidence: Evidence) -> bool:
         return bool(stream.stride) and abs(evidence.time - stream.time) > TIME_LEAP * abs(stream.stride)
 
-    def _latents_leaped(self, stream: Stream, evidence: Evidence) -> bool:
-        """The one input that varies is unrelated to what it was: another noise, though prompt and time go on.
+    def _latents_leaped(self, evidence: Evidence, is_another: bool) -> bool:
+        """The one input that varies is unrelated to what it was (`is_another`): another noise, though prompt and time
+        go on.
 
         Not where it always is: then it is unrelated to all that was seen at other times. Of two pictures denoised by
         turns each goes on from one of those.
         """
-        if not self._is_another(stream.last, evidence):
+        if not is_another:
             self._restless = 0
             return False
-        new = all(self._is_another(past, evidence) for past in self._memory if past.time != evidence.time)
+        others = (past for past in self._memory if past.time != evidence.time)
+        new = all(changed == leaped == 1 for changed, leaped, _ in (self._changes(past, evidence) for past in others))
         self._restless = self._restless + 1 if new else 0
         return self._restless <= RESTLESS
 
-    def _is_another(self, past: Evidence, evidence: Evidence) -> bool:
-        changed, leaped, _ = past.changes(evidence, set(range(len(evidence))) - self.conditioning)
-        return changed == leaped == 1
-
-    def _changes(self, stream: Stream, evidence: Evidence) -> tuple[int, int, float]:
-        return stream.last.changes(evidence, set(range(len(evidence))) - self.conditioning)
+    def _changes(self, past: Evidence, evidence: Evidence) -> tuple[int, int, float]:
+        return past.changes(evidence, set(range(len(evidence))) - self.conditioning)
 
     def _next_generation(self) -> None:
         if self._so_far:
@@ -308,7 +316,7 @@ class InferredClock(Clock):
         if not (first_step and evidence.time == self._first_time):
             self._next_generation()
             self._first_time = evidence.time
-            self._interleaved |= any(self._names(s, evidence) and self._continues(s, evidence) for s in self._suspended)
+            self._interleaved |= any(self._goes_on(s, evidence) for s in self._suspended)
             for stream in self.live[: 1 - MAX_STREAMS] if self._interleaved else self.live[:]:
                 self._retire(stream)
         return self._stream(self._spare.pop() if self._spare else None)

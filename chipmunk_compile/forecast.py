@@ -22,7 +22,7 @@ import torch
 
 from .clock import Tick
 from .config import ForecastOptions
-from .judge import Judge
+from .judge import Arriving, Judge
 
 # Extrapolating further than this many times the distance between the last two steps computes instead.
 FURTHEST = 3.0
@@ -48,12 +48,13 @@ class History:
     error_age: float = 0.0
     refreshed: float | None = None  # the moment of the last refresh
     judge: Judge | None = None
-    damping: list[torch.Tensor] | None = None  # of what a forecast adds to the last outputs, [] each
+    told: Arriving | None = None  # by the last comparison: its error, and of each output the best damping
     waiting: list[float] = field(default_factory=list)  # moments forecast since the last computed one
     settled: tuple[float, bool] = (math.nan, False)  # a moment, and whether its step is forecast (council.py)
     host_bytes = 0  # as states have it: none of this lies in host memory
 
     def __post_init__(self) -> None:
+        self._damping: list[float] | None = None
         if self.options.tolerance is not None:
             self.judge = Judge(self.options.tolerance, self.options.order)
 
@@ -71,7 +72,7 @@ class History:
     def filled(self, value: bool) -> None:
         if not value:
             self.moments, self.outputs, self.waiting = [], [], []
-            self.error = self.refreshed = self.damping = None
+            self.error = self.refreshed = self.told = self._damping = None
             self.settled = (math.nan, False)
             if self.judge is not None:
                 self.judge.begin()
@@ -104,7 +105,9 @@ class History:
         if self.judge is not None:
             known = len(self.moments) > self.options.order and self.moments[-1] != moment
             gap = abs(moment - self.moments[-1]) if known else None
-            self.judge.weigh(moment, gap, self._compare(moment, outputs) if known else None, span)
+            if known:
+                self.told = Arriving(self._compare(moment, outputs))
+            self.judge.weigh(moment, gap, self.told if known else None, span)
         if self.moments and self.moments[-1] == moment:  # a time evaluated twice: the later evaluation counts
             buffers = self.outputs.pop()
             self.moments.pop()
@@ -138,13 +141,22 @@ class History:
         self.waiting.append(moment)
         if self.judge is not None:
             self.judge.skip(moment, abs(moment - self.moments[-1]))
-        last = self.outputs[-1]
-        if self.damping is None and len(self.outputs) == 2:  # one kernel an output: pieces have many
-            weight = lagrange(self.moments, moment)[1]
-            return [torch.lerp(*known, weight) for known in zip(*self.outputs)]
-        damping = self.damping or [1.0] * len(last)
-        moves = self._moves(moment)
-        return [(move * share + known).to(known.dtype) for move, share, known in zip(moves, damping, last)]
+        weights = lagrange(self.moments, moment)
+        damped = ([share * w for w in weights] for share in self.damping or [1.0] * len(self.outputs[-1]))
+        return [
+            _combined(known, [*before, last + 1.0 - sum((*before, last))])
+            for known, (*before, last) in zip(zip(*self.outputs), damped)
+        ]
+
+    @property
+    def damping(self) -> list[float] | None:
+        """How much of what a forecast adds to the last outputs is taken, for each: half what proved best at the last
+        comparison, half what was learned before. Waits for the device, where `Judge.allows` did not yet."""
+        if self.told is not None and self.options.order:
+            best, self.told = self.told.values[1:], None
+            learned = self._damping or best
+            self._damping = [(one + other) / 2 for one, other in zip(best, learned)]
+        return self._damping
 
     def repay(self, moment: float, outputs: Sequence[torch.Tensor]) -> Outputs:
         """Outputs of the computed step at `moment`, with what the forecasts since the last one left out.
@@ -166,12 +178,12 @@ class History:
             told = [total + step * weight for total, weight in zip(told, lagrange(self.moments, time))]
             between += step * (time - self.moments[-1]) / (moment - self.moments[-1])
         told[-1] -= sum(steps[1:])
-        damping = self.damping or [1.0] * len(outputs)
+        paid = steps[-1] * growth
         repaid = []
-        for output, share, known in zip(outputs, damping, zip(*self.outputs)):
-            owed = (output.float() - known[-1]) * between
-            owed -= sum(tensor.float() * weight for tensor, weight in zip(known, told)) * share
-            repaid.append((output + owed / (steps[-1] * growth)).to(output.dtype))
+        for output, share, known in zip(outputs, self.damping or [1.0] * len(outputs), zip(*self.outputs)):
+            owed = [-share * total / paid for total in told]
+            owed[-1] -= between / paid
+            repaid.append(_combined((*known, output), [*owed, 1.0 + between / paid]))
         return repaid
 
     def _moves(self, moment: float) -> Outputs:
@@ -186,26 +198,22 @@ class History:
         return moves
 
     def _compare(self, moment: float, outputs: Sequence[torch.Tensor]) -> torch.Tensor:
-        """The relative error [] that the forecast of these outputs would have had; damping learns from it.
-
-        The best damping of each output, by least squares, counts half, what was learned before the other half.
-        """
+        """[1 + outputs]: the relative error that the forecast of these outputs would have had, and the damping of each
+        that would have been best, by least squares."""
+        wrong, whole, best = 0.0, 0.0, []
         damping = self.damping or [1.0] * len(outputs)
-        wrong, whole, learned = 0.0, 0.0, []
         for move, share, known, output in zip(self._moves(moment), damping, self.outputs[-1], outputs):
             output = output.float()
             came = output - known
-            missed = came - move * share
+            missed = torch.sub(came, move, alpha=share)
             if self.leads:
                 wrong = wrong + (_channels(missed) / _channels(output)).sum() / HIDDEN**2
                 whole = whole + output.shape[-1]
             else:
                 wrong = wrong + missed.square().sum()
                 whole = whole + output.square().sum().clamp_min(1e-30)
-            best = ((came * move).sum() / move.square().sum().clamp_min(1e-30)).clamp(0.0, MOST_GROWTH)
-            learned.append(best if self.damping is None else (best + share) / 2)
-        self.damping = learned if self.options.order else None
-        return (wrong / whole).sqrt()
+            best.append(((came * move).sum() / move.square().sum().clamp_min(1e-30)).clamp(0.0, MOST_GROWTH))
+        return torch.stack([(wrong / whole).sqrt(), *best])
 
     def learn(self, moment: float, refreshed: Sequence[torch.Tensor], delta: Sequence[torch.Tensor]) -> None:
         """What the delta program missed at `moment`, where both programs ran."""
@@ -218,6 +226,16 @@ class History:
             return list(outputs)
         share = self.options.residual * (moment - self.refreshed) / self.error_age
         return [torch.add(output, error, alpha=share) for output, error in zip(outputs, self.error)]
+
+
+def _combined(tensors: Sequence[torch.Tensor], weights: Sequence[float]) -> torch.Tensor:
+    """The weighted sum, made in float32 and rounded once. Weights sum to 1."""
+    if len(tensors) == 2 and tensors[0].is_floating_point():  # one kernel
+        return torch.lerp(*tensors, weights[1])
+    combined = tensors[-1].float() * weights[-1]
+    for tensor, weight in zip(tensors, weights[:-1]):
+        combined.add_(tensor, alpha=weight)
+    return combined.to(tensors[-1].dtype)
 
 
 def _channels(hidden: torch.Tensor) -> torch.Tensor:

@@ -28,18 +28,19 @@ class Judge:
         """A generation begins: nothing is known of it."""
         self.computed = 0  # steps so far
         self._span = self._last = 0.0  # of the whole generation; the time of the last step, computed or not
-        self._gap, self._error = 0.0, None
+        self._gap, self._told = 0.0, None
         self._left, self._row = 0.0, 0  # of the forecasts since the last computed step
 
-    def weigh(self, moment: float, gap: float | None, error: torch.Tensor | None, span: float) -> None:
-        """A step was computed, and the forecast over `gap` would have been wrong by `error`, a relative one [].
+    def weigh(self, moment: float, gap: float | None, told: Arriving | None, span: float) -> None:
+        """A step was computed, and the forecast over `gap` would have been wrong by the first of the numbers `told`, a
+        relative error.
 
         span: of the times of the generation; 0 where it is not known, and nothing is forecast.
         """
         self._span = span
         self.computed += 1
-        if error is not None:
-            self._gap, self._error = gap, _Arriving(error)
+        if told is not None:
+            self._gap, self._told = gap, told
         self._last, self._left, self._row = moment, 0.0, 0
 
     def allows(self, moment: float, gap: float) -> bool:
@@ -51,7 +52,7 @@ class Judge:
     @property
     def waits(self) -> bool:
         """Whether the last error is still on its way: `allows` would wait for it."""
-        return self._error is not None and not self._error.arrived
+        return self._told is not None and not self._told.arrived
 
     def skip(self, moment: float, gap: float) -> None:
         """This step is forecast over `gap`."""
@@ -59,32 +60,33 @@ class Judge:
         self._last = moment
 
     def _left_after(self, moment: float, gap: float) -> float:
-        if self._error is None or not self._gap or not self._span:
+        if self._told is None or not self._gap or not self._span:
             return math.inf
-        expected = self._error.value * (gap / self._gap) ** (self.order + 1)
+        expected = self._told.values[0] * (gap / self._gap) ** (self.order + 1)
         return self._left + expected * abs(moment - self._last) / self._span
 
 
-class _Arriving:
-    """A number on its way from the device. The read of the next timestep waits for as much anyway."""
+class Arriving:
+    """Numbers [n] on their way from the device. The read of the next timestep waits for as much anyway."""
 
-    def __init__(self, number: torch.Tensor) -> None:
-        self._event = None
-        if number.device.type == "cuda":
-            self._host = torch.empty((), dtype=number.dtype, pin_memory=True)
-            self._host.copy_(number, non_blocking=True)
+    def __init__(self, numbers: torch.Tensor) -> None:
+        self._event = self._values = None
+        if numbers.device.type == "cuda":
+            self._host = torch.empty(numbers.shape, dtype=numbers.dtype, pin_memory=True)
+            self._host.copy_(numbers, non_blocking=True)
             self._event = torch.cuda.Event()
-            self._event.record(torch.cuda.current_stream(number.device))
+            self._event.record(torch.cuda.current_stream(numbers.device))
         else:
-            self._host = number.clone()
+            self._host = numbers
 
     @property
     def arrived(self) -> bool:
         return self._event is None or self._event.query()
 
     @property
-    def value(self) -> float:
-        if self._event is not None:
-            self._event.synchronize()
-            self._event = None
-        return self._host.item()
+    def values(self) -> list[float]:
+        if self._values is None:
+            if self._event is not None:
+                self._event.synchronize()
+            self._values, self._event, self._host = self._host.tolist(), None, None
+        return self._values

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 
 from .clock import Tick
 from .config import Config
-from .evidence import read_evidence
+from .evidence import TimesRead
 from .models import Owners, Root
 from .plan import Inputs
 from .state import Owner
@@ -18,6 +18,7 @@ class Called:
 
     def __init__(self, inputs: Inputs, config: Config) -> None:
         self._inputs = inputs
+        self._times = TimesRead()
         self._owners = Owners(inputs.parameters, inputs.latents, bool(inputs.timesteps), config)
 
     def _tick(
@@ -26,7 +27,7 @@ class Called:
         """meanwhile: called where the host would wait for what it reads from the device."""
         user = [args[i] for i in self._inputs.user]
         times = [args[i] for i in self._inputs.timesteps]
-        return owner.root.tick(owner, user, lambda positions: read_evidence(times, user, positions, meanwhile))
+        return owner.root.tick(owner, user, lambda positions: self._times.read(times, user, positions, meanwhile))
 
 
 class Timekeeper(Called):

@@ -8,7 +8,7 @@ import torch
 import chipmunk_compile
 from chipmunk_compile.config import ForecastOptions
 from chipmunk_compile.forecast import History
-from chipmunk_compile.judge import MOST, Judge
+from chipmunk_compile.judge import MOST, Arriving, Judge
 from chipmunk_compile.ranks import Agreement, Ranks
 from chipmunk_compile.schedule import Program
 from tests.test_forecast import EXACT, SPARSE, acquainted, counts, linear
@@ -22,7 +22,7 @@ def judged(error: float, tolerance: float = 0.01, order: int = 1) -> Judge:
     judge = Judge(tolerance, order)
     judge.weigh(1.0, None, None, 0.0)
     judge.weigh(0.9, None, None, 1.0)
-    judge.weigh(0.8, 0.1, torch.tensor(error), 1.0)
+    judge.weigh(0.8, 0.1, Arriving(torch.tensor([error])), 1.0)
     return judge
 
 
@@ -55,11 +55,11 @@ def test_times_may_be_of_any_unit():
     for unit in (1.0, 1000.0):
         judge = Judge(0.01, 1)
         for moment, gap in ((1.0, None), (0.9, None), (0.8, 0.1)):
-            judge.weigh(unit * moment, gap and unit * gap, torch.tensor(0.1 / 5.001), unit)
+            judge.weigh(unit * moment, gap and unit * gap, Arriving(torch.tensor([0.1 / 5.001])), unit)
         assert [takes(judge, unit * m, unit * (0.8 - m)) for m in (0.7, 0.6, 0.5)] == [True, True, False]
     counted = Judge(0.01, 1)
     for step in range(3):
-        counted.weigh(step, 1.0, torch.tensor(0.1 / 5.001), 10)
+        counted.weigh(step, 1.0, Arriving(torch.tensor([0.1 / 5.001])), 10)
     assert [takes(counted, step, step - 2) for step in (3, 4, 5)] == [True, True, False]
 
 
@@ -68,7 +68,7 @@ def test_what_is_not_known_is_not_forecast():
     fresh.weigh(1.0, None, None, 1.0)
     assert not fresh.allows(0.9, 0.1)
     unknown = judged(0.0)
-    unknown.weigh(0.8, 0.1, torch.tensor(0.0), 0.0)
+    unknown.weigh(0.8, 0.1, Arriving(torch.tensor([0.0])), 0.0)
     assert not unknown.allows(0.7, 0.1), "how far the time goes"
     assert allowed(judged(math.nan)) == 0 and allowed(judged(math.inf)) == 0
     moments = [0.8 - 0.01 * k for k in range(1, 20)]

@@ -21,7 +21,7 @@ from benchmarks.models_timing import fastest_sdpa
 
 from . import checkpoints, frechet, metrics
 from .attention_mass import attention_mass, table
-from .methods import Method
+from .methods import OURS, Method
 from .sampling import captions, generate, pictures_of, starting_noise
 from .sdpa import inference_sdpa
 from .settings import Builder
@@ -31,6 +31,8 @@ log = logging.getLogger("quality")
 STARTED = time.perf_counter()
 KEY = ("model", "label", "steps")
 SOURCES = ("chipmunk_compile", "passes", "kernels")
+# What a row that runs nothing of ours depends on.
+RIVALS = ("caches", "hooks", "metrics", "rivals", "sampling", "sdpa", "subjects", "windows")
 FLOOR_CLIPS = 8  # of which the fp32 eager generation is made: it is slow
 
 
@@ -53,12 +55,14 @@ class Bench:
         weights = checkpoints.digest(args.checkpoint)
         head = provenance(*SOURCES) if not args.tiny else {"device": "cpu", "sources": digest(*SOURCES)}
         # Rows of other weights, or of other programs, are rows of something else.
-        head |= {"sources": f"{head['sources']}-{weights}", "model": args.model, "tokens": self.subject.tokens,
+        self.rivals = f"{digest(*(f'benchmarks/quality/{name}.py' for name in RIVALS))}-{weights}"
+        head |= {"sources": f"{head['sources']}-{weights}", "weights": weights, "model": args.model,
+                 "tokens": self.subject.tokens,
                  "grid": list(self.subject.grid), "guidance": self.subject.guidance, "clips_a_call": self.batch,
                  "sdpa": self.sdpa, "sdpa_ms": rounded(sdpa_ms)}  # fmt: skip
         path = args.output or default_path(f"quality-{self.subject.name}")
         before = json.loads(path.read_text()) if path.is_file() else {}
-        if before.get("sources") == head["sources"]:
+        if before.get("weights") == weights:
             head |= {name: before[name] for name in ("attention_mass", "frechet_dense") if name in before}
         self.results = Results(path, head, args.again, KEY)
         self.expected: dict[int, Tensor] = {}
@@ -212,15 +216,17 @@ def run(args: argparse.Namespace) -> Path:
             for steps, method in zip(args.steps, same):
                 _row(bench, method, steps)
         for steps in args.steps:
-            if not bench.late and not bench.results.find((args.model, "dense fp32 eager", steps)) and not args.only:
-                _add(bench, bench.floor(steps))
+            known = bench.results.find((args.model, "dense fp32 eager", steps), bench.rivals)
+            if not bench.late and not known and not args.only:
+                _add(bench, bench.floor(steps) | {"sources": bench.rivals})
     log.info("%s", summary(bench.results.whole["rows"], args.steps))
     return bench.results.path
 
 
 def _row(bench: Bench, method: Method, steps: int) -> None:
     args = bench.args
-    known = bench.results.find((args.model, method.label, steps))
+    sources = bench.results.head["sources"] if method.name == OURS else bench.rivals
+    known = bench.results.find((args.model, method.label, steps), sources)
     if bench.late or known is not None or (args.only and not any(name in method.label for name in args.only)):
         return
     started = time.perf_counter()
@@ -232,7 +238,7 @@ def _row(bench: Bench, method: Method, steps: int) -> None:
             "model": args.model, "method": method.name, "setting": method.setting, "label": method.label,
             "steps": steps, "failure": f"{type(failure).__name__}: {failure}"[:300],
         }  # fmt: skip
-    row["took_s"] = time.perf_counter() - started
+    row |= {"took_s": time.perf_counter() - started, "sources": sources}
     _add(bench, row)
 
 

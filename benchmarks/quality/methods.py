@@ -12,6 +12,8 @@ from chipmunk_compile.backend import chipmunk as backend  # the string names the
 
 from .rivals import StepReuse, TaylorSteps, first_block_cache
 
+OURS = "chipmunk"
+
 
 @dataclass(frozen=True)
 class Method:
@@ -31,7 +33,7 @@ def chipmunk(model: torch.nn.Module, **options: Any) -> Method:
     """chipmunk with options; double underscores stand for dots."""
     options = {name.replace("__", "."): value for name, value in options.items()}
     compiled = torch.compile(model, backend=backend, options=options)
-    return Method("chipmunk", options, lambda: compiled)
+    return Method(OURS, options, lambda: compiled)
 
 
 def quick_methods(model: torch.nn.Module, dense: Callable, steps: int) -> list[Method]:

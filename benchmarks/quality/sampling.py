@@ -47,14 +47,14 @@ def generate(
     times = torch.tensor(levels[:-1], device=noise.device).mul(1000)[:, None].expand(-1, len(noise)).contiguous()
     latents = noise
     for k in range(steps):
-        hidden = latents.to(dtype)
+        hidden, now = latents.to(dtype), times[k]
         # Used up before the next call: a compiled model may write its output where the last one lies.
         velocity = called(
-            hidden_states=hidden, timestep=times[k], encoder_hidden_states=conditional, return_dict=False
+            hidden_states=hidden, timestep=now, encoder_hidden_states=conditional, return_dict=False
         )[0].float()  # fmt: skip
         if scale != 1.0:
             free = called(
-                hidden_states=hidden, timestep=times[k], encoder_hidden_states=unconditional, return_dict=False
+                hidden_states=hidden, timestep=now, encoder_hidden_states=unconditional, return_dict=False
             )[0].float()  # fmt: skip
             velocity = torch.lerp(free, velocity, scale)
         latents = latents + (levels[k + 1] - levels[k]) * velocity

@@ -73,18 +73,21 @@ class Builder:
             yield Method("fewer steps", {"share": share}, lambda: self.dense, max(2, round(share * steps)))
 
     def _ours_judged(self) -> Iterator[Method]:
-        """Forecasts as far as they prove good, alone and with sparse deltas between refreshes."""
+        """Forecasts as far as they prove good, and for the highest speeds every few steps."""
         for tolerance in (0.0005, 0.002, 0.008, 0.03, 0.06):  # 0.001, 0.004 and 0.016 are presets
             yield self.ours(forecast__tolerance=tolerance)
+        for every in (4, 5, 6):  # few computed steps, far apart: no line reaches that far
+            yield self.ours(schedule__compute_every=every, schedule__warmup=1, forecast__order=0,
+                            forecast__repay=True, forecast__refresh_every=1)  # fmt: skip
         for tolerance in (0.001, 0.004):
             yield self.ours(forecast__tolerance=tolerance, forecast__repay=False)
+
+    def _ours_combined(self) -> Iterator[Method]:
+        """Forecasts at fixed steps, and sparse deltas between them, and between those that are judged."""
         for refresh in (2, 3):
             for tolerance in (0.001, 0.004, 0.016):
                 yield self.ours(mlp__sparsity=None, schedule__refresh_every=refresh, forecast__tolerance=tolerance,
                                 forecast__repay=True)  # fmt: skip
-
-    def _ours_combined(self) -> Iterator[Method]:
-        """Forecasts alone, and sparse deltas between them."""
         for every, order in ((2, 2), (3, 1), (3, 2), (4, 1), (4, 2)):
             yield self.ours(**DENSE, schedule__compute_every=every, forecast__order=order)
         for every, refresh, order in ((2, 2, 1), (2, 2, 2), (2, 3, 2), (3, 2, 1), (2, 5, 1)):
