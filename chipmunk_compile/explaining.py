@@ -129,18 +129,16 @@ def graph_report(analysis: Analysis, plan: Plan | None) -> GraphReport:
     dense = graph_flops(analysis.canonical) if analysis.canonical else 0
     saved = sum(t.dense_flops - t.delta_flops for t in plan.treatments) if plan is not None else 0
     more = sum(t.refresh_flops - t.dense_flops for t in plan.treatments) if plan is not None else 0
-    timed = bool(analysis.inputs.timesteps)
-    ranks = ranks_of(analysis.canonical).count if analysis.canonical else 1
-    computes = analysis.reason is None and only_computes(analysis.canonical)
-    work = dense, dense - saved, dense + more
     return GraphReport(
-        nodes,
-        timed,
-        analysis.reason,
-        analysis.detail,
-        *work,
-        ranks,
-        computes,
-        analysis.layers > 0,
-        bool(analysis.moving),
+        nodes=nodes,
+        clock=bool(analysis.inputs.timesteps),
+        reason=analysis.reason,
+        detail=analysis.detail,
+        dense_flops=dense,
+        delta_flops=dense - saved,
+        refresh_flops=dense + more,
+        ranks=ranks_of(analysis.canonical).count if analysis.canonical else 1,
+        computes=analysis.reason is None and only_computes(analysis.canonical),
+        has_layers=analysis.layers > 0,
+        is_piece=bool(analysis.moving),
     )

@@ -239,7 +239,8 @@ class Report:
         if len(self.graphs) == 1:
             return self.config.where_forecast() if self.graphs[0].computes else None
         pieces = [g for g in self.graphs if g.reason is None and g.has_layers]
-        return self.config.where_forecast(in_pieces=True) if pieces and all(g.is_piece for g in pieces) else None
+        together = pieces and all(g.is_piece for g in pieces) and sum(g.clock for g in pieces) < 2
+        return self.config.where_forecast(in_pieces=True) if together else None
 
     @property
     def runs_whole(self) -> bool:
@@ -252,7 +253,7 @@ class Report:
         if not self.config.forecasts:
             return []
         if way is None:
-            return ["none: that takes graphs that do nothing but compute, and a clock"]
+            return ["none: that takes graphs that do nothing but compute, and one that receives the timestep"]
         if way.forecast.tolerance is not None:
             which = f"as many steps in a row as leave under {way.forecast.tolerance:.2%} of error in the latents"
         elif way.schedule.forecast_at:

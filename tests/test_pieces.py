@@ -94,6 +94,8 @@ def test_graphs_that_each_receive_the_timestep_are_never_forecast_apart(uncompil
     model, truth, loop = apart(again=True)
     outputs = loop.run(compiled(model, preset("fast")))
     assert "forecast" not in ran() and ran()["delta"] > 0 and worst(outputs, truth) < 0.5
+    report = chipmunk_compile.explain(model, *next(iter(loop)), options=preset("fast"))
+    assert not report.runs_whole and "one that receives the timestep" in report.to_text()
 
 
 def test_what_embeds_the_time_is_no_model_though_nothing_else_has_a_site(uncompiled):
