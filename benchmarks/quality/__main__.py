@@ -46,7 +46,12 @@ def main(arguments: list[str] | None = None) -> None:
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--quick", action="store_true", help="the shipped model, a few settings each")
     what.add_argument("--model", choices=("video", "image"), help="a trained model, on a GPU")
-    what.add_argument("--draw", type=pathlib.Path, metavar="JSON", help="draw the rows of a file; needs no GPU")
+    what.add_argument(
+        "--draw",
+        type=pathlib.Path,
+        metavar="JSON",
+        help="draw the rows of a file and print them as tables; needs no GPU",
+    )
     parser.add_argument("--steps", type=int, nargs="+", default=[28])
     parser.add_argument("--repeats", type=int, default=2, help="timed generations of each method, each of other noise")
     parser.add_argument("--only", nargs="*", help="methods whose label holds one of these")
@@ -63,6 +68,8 @@ def main(arguments: list[str] | None = None) -> None:
     args = parser.parse_args(arguments)
     if args.draw:
         print(plot.draw(args.draw))
+        for steps in args.steps:
+            print(plot.table(args.draw, steps))
     elif args.model:
         if args.checkpoint is None:
             parser.error("--model needs --checkpoint")

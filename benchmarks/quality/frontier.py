@@ -120,7 +120,8 @@ class Bench:
             seconds.append(own)
             made.append(latents)
         after = chipmunk_compile.counters()
-        ran = {name: (after[name] - before[name]) // self.parts for name in ("dense", "refresh", "delta", "forecast")}
+        programs = ("dense", "refresh", "delta", "forecast")
+        ran = {name: round((after[name] - before[name]) / self.parts, 1) for name in programs}  # means over batches
         ratio = statistics.median(dense) / statistics.median(seconds)
         return {
             "model": self.args.model, "method": method.name, "setting": method.setting, "label": method.label,

@@ -1,9 +1,16 @@
-"""Speed against likeness, one panel for each number of steps, with the noise floor; needs no GPU."""
+"""Speed against likeness, as a plot with one panel for each number of steps and as a table; needs no GPU."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
+
+from .methods import OURS
+
+JUDGED = "chipmunk: as many forecasts as prove good"
+REFERENCE = "the reference's recipe"
+# Rows as fast as dense are dense, or nearly: they would press all others together.
+LEAST_SPEEDUP = 1.05
 
 
 def draw(path: Path) -> Path:
@@ -14,7 +21,7 @@ def draw(path: Path) -> Path:
     from matplotlib import pyplot
 
     whole = json.loads(path.read_text())
-    rows = [row for row in whole["rows"] if "psnr" in row]
+    rows = _measured(whole)
     counts = sorted({row["steps"] for row in rows}, reverse=True)
     figure, panels = pyplot.subplots(1, len(counts), figsize=(5.2 * len(counts), 4.6), squeeze=False, sharey=True)
     families = sorted({_family(row) for row in rows if row["speedup"]})
@@ -27,9 +34,10 @@ def draw(path: Path) -> Path:
             if points:
                 x, y, error = zip(*points)
                 colour, marker = styles[name]
-                ours = name.startswith("chipmunk")
+                ours = name.startswith(OURS)
                 panel.errorbar(x, y, yerr=error, fmt=marker, color=colour, label=name, markersize=7 if ours else 5,
-                               linestyle="none", markeredgecolor="black" if ours else colour)  # fmt: skip
+                               linestyle="-" if name == JUDGED else "none",
+                               markeredgecolor="black" if ours else colour)  # fmt: skip
         for row in of_steps:
             if row["method"] == "dense fp32 eager":
                 panel.axhline(row["psnr"], color="#999999", linestyle="--", linewidth=1)
@@ -49,14 +57,42 @@ def draw(path: Path) -> Path:
     return target
 
 
+def table(path: Path, steps: int) -> str:
+    """Markdown: all methods at that number of steps, the slowest first. In brackets, half of the 95% interval."""
+    whole = json.loads(path.read_text())
+    rows = sorted((row for row in _measured(whole) if row["steps"] == steps and row["speedup"]), key=_speed)
+    lines = ["| method | speed-up | PSNR | SSIM | relative L1 | Fréchet |", "|---|---|---|---|---|---|"]
+    for row in rows:
+        ours = row["method"] == OURS and _family(row) != REFERENCE
+        label = f"**{row['label']}**" if ours else row["label"]
+        frechet = f"{row['frechet']:.1f}" if row.get("frechet") is not None else ""
+        psnr = f"{row['psnr']:.1f} ({row['psnr_ci']:.1f}) dB"
+        lines.append(
+            f"| {label} | {row['speedup']:.2f}x | {psnr} | {row['ssim']:.4f} | {row['rel_l1']:.3f} | {frechet} |"
+        )
+    return "\n".join(lines)
+
+
+def _measured(whole: dict) -> list[dict]:
+    rows = [row for row in whole["rows"] if "psnr" in row]
+    return [row for row in rows if row["speedup"] is None or row["speedup"] >= LEAST_SPEEDUP]
+
+
+def _speed(row: dict) -> float:
+    return row["speedup"]
+
+
 def _family(row: dict) -> str:
     """Methods of one kind share a colour; ours are told apart by what they use."""
-    if row["method"] != "chipmunk":
-        return row["method"]
     setting = row["setting"]
-    dense = "attention.sparsity" in setting and setting["attention.sparsity"] is None
-    if dense and setting.get("mlp.sparsity", 0) is None:
-        return "chipmunk: forecasts alone"
-    if setting.get("schedule.compute_every", 1) > 1:
-        return "chipmunk: deltas and forecasts"
-    return "chipmunk: residual" if setting.get("forecast.residual") else "chipmunk: deltas"
+    if row["method"] != OURS:
+        return row["method"]
+    if setting.get("attention.chunk") == 192:
+        return REFERENCE
+    whole = setting.get("forecast.refresh_every") == 1 or ("attention.sparsity", None) in setting.items()
+    if whole:
+        return "chipmunk: forecasts at fixed steps"
+    if "forecast.tolerance" in setting and "schedule.refresh_every" not in setting or "preset" in setting:
+        return JUDGED
+    forecasts = "forecast.tolerance" in setting or setting.get("schedule.compute_every", 1) > 1
+    return "chipmunk: deltas between forecasts" if forecasts else "chipmunk: deltas"
