@@ -197,6 +197,25 @@ def test_harness(model, tmp_path, uncompiled):
         assert plot.draw(output).read_text().startswith("<?xml")
 
 
+def test_rows_as_a_table(tmp_path):
+    whole = {"rows": [
+        {"method": method, "label": method + " x", "setting": setting, "steps": steps, "speedup": speedup, "psnr": 40.0,
+         "psnr_ci": 0.5, "ssim": 0.9, "rel_l1": 0.1, "frechet": None}
+        for method, setting, steps, speedup in (
+            ("step reuse", {}, 28, 2.0), ("chipmunk", {"preset": "fast"}, 28, 1.5), ("dense again", {}, 28, 1.0),
+            ("chipmunk", {"attention.chunk": 192}, 28, 3.0), ("step reuse", {}, 50, 1.2),
+        )
+    ]}  # fmt: skip
+    path = tmp_path / "rows.json"
+    path.write_text(json.dumps(whole))
+    lines = plot.table(path, 28).splitlines()[2:]
+    assert [line.split(" | ")[:2] for line in lines] == [
+        ["| **chipmunk x**", "1.50x"], ["| step reuse x", "2.00x"], ["| chipmunk x", "3.00x"],
+    ]  # fmt: skip
+    if importlib.util.find_spec("matplotlib"):
+        assert plot.draw(path).is_file()
+
+
 def test_settings_are_the_same_for_all_numbers_of_steps(model):
     def never(*args, **kwargs):
         raise AssertionError("nothing runs before it is asked for")

@@ -17,15 +17,12 @@ import torch
 from torch import Tensor
 
 from chipmunk_compile.config import ForecastOptions
-from chipmunk_compile.council import may_forecast, settle
 from chipmunk_compile.forecast import History
 
 from . import checkpoints, metrics
 from .sampling import captions, generate, pictures_of, starting_noise
+from .simulated import Simulated
 from .subjects import IMAGE
-
-WARMUP = 2
-WAY = 1000.0  # of the timesteps, from the first to 0
 
 
 def main() -> None:
@@ -51,31 +48,12 @@ def main() -> None:
         dense = denoise(model, guidance)
         for tolerance in args.tolerance:
             cells = []
+            options = ForecastOptions(tolerance=tolerance, order=args.order, repay=True)
             for together in (False, True):
-                streams = Streams(model, ForecastOptions(tolerance=tolerance, order=args.order, repay=True), together)
+                streams = Simulated(model, lambda o=options: History(o), together)
                 psnr = metrics.psnr(denoise(streams, guidance), dense).mean()
                 cells.append(f"{psnr:.1f} dB, {streams.computed / 2:g} of {args.steps} computed")
             print(f"| {guidance:g} | {tolerance:g} | {cells[0]} | {cells[1]} |", flush=True)
-
-
-class Streams:
-    """The model, called with and without a caption; each of the two is a stream. computed: calls that ran the model."""
-
-    def __init__(self, model: torch.nn.Module, forecast: ForecastOptions, together: bool) -> None:
-        self.model, self.together, self.computed = model, together, 0
-        self._histories = {True: History(forecast), False: History(forecast)}
-
-    def __call__(self, *, timestep: Tensor, encoder_hidden_states: Tensor, **inputs) -> tuple[Tensor]:
-        moment, captioned = timestep[0].item(), bool(encoder_hidden_states.any())
-        history, other = self._histories[captioned], self._histories[not captioned]
-        others = [other] if self.together and other.filled and other.last == history.last else []
-        forecast = history.judge.computed >= WARMUP and may_forecast(history, others, moment)
-        settle(others, moment, forecast)
-        if forecast:
-            return tuple(history.forecast(moment))
-        self.computed += 1
-        computed = self.model(timestep=timestep, encoder_hidden_states=encoder_hidden_states, **inputs)
-        return tuple(history.keep(moment, computed, WAY))
 
 
 if __name__ == "__main__":

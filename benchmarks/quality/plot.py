@@ -9,6 +9,7 @@ from .methods import OURS
 
 JUDGED = "chipmunk: as many forecasts as prove good"
 REFERENCE = "the reference's recipe"
+TICKS = (1, 1.25, 1.5, 2, 2.5, 3, 4, 5, 6, 8)
 # Rows as fast as dense are dense, or nearly: they would press all others together.
 LEAST_SPEEDUP = 1.05
 
@@ -22,8 +23,8 @@ def draw(path: Path) -> Path:
 
     whole = json.loads(path.read_text())
     rows = _measured(whole)
-    counts = sorted({row["steps"] for row in rows}, reverse=True)
-    figure, panels = pyplot.subplots(1, len(counts), figsize=(5.2 * len(counts), 4.6), squeeze=False, sharey=True)
+    counts = sorted({row["steps"] for row in whole["rows"]}, reverse=True)
+    figure, panels = pyplot.subplots(1, len(counts), figsize=(6.4 * len(counts), 6.4), squeeze=False, sharey=True)
     families = sorted({_family(row) for row in rows if row["speedup"]})
     styles = {name: (f"C{i % 10}", "osv^D<>pP*Xhd"[i % 13]) for i, name in enumerate(families)}
     for panel, steps in zip(panels[0], counts):
@@ -43,14 +44,19 @@ def draw(path: Path) -> Path:
                 panel.axhline(row["psnr"], color="#999999", linestyle="--", linewidth=1)
                 panel.annotate("bf16 + compile against fp32 eager", (0.99, row["psnr"]), fontsize=7, ha="right",
                                xycoords=("axes fraction", "data"), va="bottom", color="#666666")  # fmt: skip
-        panel.set_xscale("log")
+        panel.set_xscale("log", subs=())
+        ticks = [tick for tick in TICKS if panel.get_xlim()[0] <= tick <= panel.get_xlim()[1]]
+        panel.set_xticks(ticks, [f"{tick:g}x" for tick in ticks])
         panel.set_title(f"{steps} steps")
         panel.set_xlabel(f"times as fast as compiled dense, {whole['device']}")
         panel.grid(alpha=0.3)
     panels[0][0].set_ylabel("PSNR against compiled dense, dB (95% intervals)")
-    panels[0][-1].legend(fontsize=7, loc="upper right")
+    names = {name: handle for panel in panels[0] for handle, name in zip(*panel.get_legend_handles_labels())}
+    ordered = sorted(names, key=lambda name: (not name.startswith(OURS), name))
     figure.suptitle(f"{whole.get('model', '')}: {whole.get('tokens', '')} tokens")
-    figure.tight_layout()
+    figure.legend([names[name] for name in ordered], ordered, fontsize=8, loc="lower center",
+                  ncols=2 * len(counts), frameon=False)  # fmt: skip
+    figure.tight_layout(rect=(0, 0.03 * -(-len(ordered) // (2 * len(counts))), 1, 1))
     target = path.with_suffix(".svg")
     figure.savefig(target)
     pyplot.close(figure)
@@ -92,6 +98,8 @@ def _family(row: dict) -> str:
     whole = setting.get("forecast.refresh_every") == 1 or ("attention.sparsity", None) in setting.items()
     if whole:
         return "chipmunk: forecasts at fixed steps"
+    if setting.get("forecast.repay") is False:
+        return "chipmunk: the same, not repaid"
     if "forecast.tolerance" in setting and "schedule.refresh_every" not in setting or "preset" in setting:
         return JUDGED
     forecasts = "forecast.tolerance" in setting or setting.get("schedule.compute_every", 1) > 1
