@@ -198,7 +198,7 @@ def test_harness(model, tmp_path, uncompiled):
 
 
 def test_rows_as_a_table(tmp_path):
-    whole = {"rows": [
+    whole = {"device": "some GPU", "rows": [
         {"method": method, "label": method + " x", "setting": setting, "steps": steps, "speedup": speedup, "psnr": 40.0,
          "psnr_ci": 0.5, "ssim": 0.9, "rel_l1": 0.1, "frechet": None}
         for method, setting, steps, speedup in (
