@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import logging
-import os
 import statistics
 import time
 from collections import Counter
@@ -50,11 +49,12 @@ class Depth:
     def dense(self, brief: bool) -> dict:
         """Columns of Inductor's model. brief: milliseconds alone."""
         log.info("dense: compiling (SDPA: %s)", self.sdpa or "torch's own choice")
-        caches = "warm" if os.path.isdir(_inductor_cache()) and os.listdir(_inductor_cache()) else "cold"
+        before = _from_caches()
         self._dense = torch.compile(self.model, dynamic=False, mode=self.mode)
         loop = Loop(self.subject, self.device, self.dtype)
         first = self._wall(lambda: timing.run_step(self.call_dense, loop.step(0), self.device))
-        log.info("dense: first step in %.1f s", first)
+        caches = "warm" if _from_caches() > before else "cold"
+        log.info("dense: first step in %.1f s, caches %s", first, caches)
         self._reset_peak()
         ready = timing.run_step(self.call_dense, loop.step(1), self.device)[0].ms
         count = _enough(3 * ready)
@@ -239,7 +239,8 @@ def _enough(generation_ms: float) -> int:
     return max(1, min(8, int(1e3 * ENOUGH_S / generation_ms)))
 
 
-def _inductor_cache() -> str:
-    from torch._inductor.runtime.cache_dir_utils import cache_dir
+def _from_caches() -> int:
+    """Programs that this process found compiled on disk."""
+    from torch._dynamo.utils import counters
 
-    return cache_dir()
+    return counters["inductor"]["fxgraph_cache_hit"] + counters["aot_autograd"]["autograd_cache_hit"]
