@@ -62,6 +62,10 @@ class Results:
         wanted = sources or self.head["sources"]
         return row if row is not None and not self._again and row["sources"] == wanted else None
 
+    def before(self, row: dict[str, Any]) -> dict[str, Any]:
+        """What stands where that row will, of whatever sources; nothing if there is none."""
+        return self.rows.get(self._key(row), {})
+
     def add(self, row: dict[str, Any]) -> None:
         """Written at once: a run that is cut off has lost nothing."""
         self.rows[self._key(row)] = {"sources": self.head["sources"], **row}

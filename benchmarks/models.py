@@ -90,7 +90,7 @@ class Bench:
                 common |= dense
                 for row in rows.values():  # at once: what comes next may be cut off
                     row |= common
-                    if "dense_ms" in row:
+                    if "dense_ms" in row and "loop_speedup" not in self.results.before(row):
                         self.results.add(report.rounded(row))
             for name in missing:
                 if name == "forecast" and found["table"] and not last:
