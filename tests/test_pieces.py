@@ -5,7 +5,8 @@ import torch
 
 import chipmunk_compile
 from chipmunk_compile.backend import chipmunk
-from chipmunk_compile.config import PRESETS, ScheduleOptions
+from chipmunk_compile.config import PRESETS, Config, ScheduleOptions
+from chipmunk_compile.plan import analyse
 from chipmunk_compile.schedule import programs_of
 from tests.test_presets import STEPS, alike, compiled, preset, ran
 from tests.toy_dit import Loop, ToyDiT, toy, worst
@@ -124,6 +125,31 @@ def test_tokens_that_skip_a_break_are_computed_in_their_own_order(uncompiled):
     outputs = loop.run(compiled(model, preset("fast", grid=(1, 7, 9))))
     assert ran()["forecast"] > 0 and ran()["forecast"] % 2 == 0
     assert alike(outputs, truth) < 30 * PRESETS["fast"]["forecast.tolerance"]
+
+
+@pytest.mark.parametrize("kind", ["skips", "quantised"])
+def test_what_comes_from_no_layer_is_computed_by_itself(kind):
+    """Of the first graph, outputs that a forecast step still needs: in the caller's order of tokens, and through
+    linears as the caller has them."""
+    if kind == "quantised":
+        quantization = pytest.importorskip("torchao.quantization")
+        model = toy(layers=2, broken=True)
+        quantization.quantize_(model.time, quantization.Int8WeightOnlyConfig())
+    else:
+        model, _, _ = apart(SkipsAcross)
+    compared = []
+
+    def compare(gm, inputs):
+        analysis = analyse(gm, inputs, Config.from_options({"preset": "fast", "min_tokens": 8, "grid": (1, 7, 9)}))
+        if analysis.still is not None:
+            expected = [output for output, moves in zip(gm(*inputs), analysis.moving) if not moves]
+            compared.extend(worst([a], [b]) for a, b in zip(analysis.still(*inputs), expected, strict=True))
+        return gm.forward
+
+    torch._dynamo.reset()
+    with torch.no_grad():
+        torch.compile(model, backend=compare)(*next(iter(Loop())))
+    assert compared and max(compared) < 1e-5
 
 
 def test_a_piece_that_writes_keeps_the_others_computed(uncompiled):
