@@ -65,7 +65,8 @@ class generation:
         for hook in self._hooks:
             hook.remove()
         for root in self._roots:
-            root.forget()
+            with root.lock:
+                root.forget()
         for owner in self._owners:
             owner.release()
         self._roots, self._owners, self._hooks = [], [], []
@@ -95,4 +96,5 @@ class generation:
     def _after(self, module: torch.nn.Module, args: tuple, output: object) -> None:
         if not torch.compiler.is_compiling():
             (root,) = self._roots
-            root.end_forward()
+            with root.lock:
+                root.end_forward()

@@ -7,7 +7,7 @@ import sys
 import threading
 import weakref
 from collections import Counter, deque
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -29,8 +29,8 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 # Calls in a row with parameters never seen before, until they count as never the same.
 STRANGERS = 3
-# Forwards that are remembered: as many graphs that receive the timestep may be called by turns.
-RECENT = 4
+# Forwards that are remembered: as many streams, or graphs that receive the timestep, may be called by turns.
+RECENT = 8
 
 
 @dataclass(eq=False)
@@ -40,7 +40,7 @@ class Forward:
     tick: Tick
     clock: Clock
     epoch: int
-    begun_by: Hashable = None  # key of the owner whose call began it; None where the model's own did
+    begun_by: frozenset[int] | None = None  # key of the owner whose call began it; None where the model's own did
     blind: bool = False  # the tick may be another stream's
     calls: int = 0  # of graphs with sites, until now
     pieces: int = 0  # of those, that can be forecast
@@ -96,12 +96,12 @@ class Root:
 
     @property
     def _last(self) -> Forward | None:
-        """The complete forward that shows what the one under way will be: the last that began alike."""
-        alike = (past for past in reversed(self._recent) if past.begun_by == self.forward.begun_by)
-        return next(alike, None)
+        """The complete forward that shows what the one of this thread will be."""
+        last = getattr(self._running, "last", None)
+        return last if last is not None and last.epoch == self._epoch else None
 
-    def is_one_call_of(self, owner: Owner) -> bool:
-        """Whether the forward that this thread is in was one call of `owner` until now."""
+    def was_one_call_of(self, owner: Owner) -> bool:
+        """Whether the forward that this thread is in, or was in last, was one call of `owner` until now."""
         forward = self.forward
         alone = self.whole and forward is not None and forward.calls == 1 and not forward.blind
         return alone and forward.begun_by == owner.key
@@ -110,10 +110,13 @@ class Root:
     def is_one_call(self) -> bool:
         """Whether a forward is one call of one graph, as far as is known: then its outputs are the model's.
 
-        Where graphs that receive the timestep take turns, none of them is: one embeds the time for others, perhaps.
+        Where graphs of different parameters that receive the timestep take turns, none of them is: one hands on what
+        the other needs, perhaps.
         """
-        only = not self._recent or (self._recent[-1] is self._last and self._last.calls == 1)
-        return self.whole and only and self.forward.calls == 0
+        recent = tuple(self._recent)
+        alike = all(_are_alike(past, self.forward) for past in recent if past.layers or past.calls)
+        only = self._last is None or self._last.calls == 1
+        return self.whole and alike and only and self.forward.calls == 0
 
     @property
     def is_of_pieces(self) -> bool:
@@ -122,8 +125,8 @@ class Root:
         To be asked in the call of a graph that has layers. Those of others that begin a forward are none of these
         pieces' forwards; where two that have some do, nothing tells that they are forecast in the same steps.
         """
-        known = [*(past for past in self._recent if past.layers), self.forward]
-        together = all(forward.can_forecast and forward.begun_by == self.forward.begun_by for forward in known)
+        known = [*(past for past in tuple(self._recent) if past.layers), self.forward]
+        together = all(forward.can_forecast and _are_alike(forward, self.forward) for forward in known)
         return together and not self.is_one_call and not self.over_budget
 
     @property
@@ -149,6 +152,9 @@ class Root:
         tick = clock.tick(inputs, read)
         begun_by = owner.key if owner is not None else None
         forward = self._running.forward = Forward(tick, clock, self._epoch, begun_by)
+        alike = [past for past in reversed(self._recent) if _are_alike(past, forward)]
+        of_stream = (past for past in alike if past.tick.stream is tick.stream)
+        self._running.last = next(of_stream, alike[0] if alike else None)
         # Two calls alike, one graph of several sees: guidance whose prompts go to other graphs, maybe. Until a call
         # follows that is not repeated, nothing tells its stream.
         if before is not None and owner is not None and set(before.occurrences) - {owner.key}:
@@ -208,6 +214,15 @@ class Root:
             self._leader = self._leader or owner.key
             return self.counted if owner.key == self._leader else None
         return owner.clock
+
+
+def _are_alike(forward: Forward, other: Forward) -> bool:
+    """Whether two forwards began with the same graph, or with variants of it (another branch for calls without a
+    prompt, a LoRA loaded): those share most of their parameters. What is called one behind the other shares few."""
+    one, two = forward.begun_by, other.begun_by
+    if one is two or one == two:
+        return True
+    return one is not None and two is not None and 2 * len(one & two) > min(len(one), len(two))
 
 
 _roots: weakref.WeakKeyDictionary[torch.nn.Module, Root] = weakref.WeakKeyDictionary()

@@ -137,7 +137,9 @@ def analyse(gm: fx.GraphModule, example_inputs: Sequence[Any], config: Config) -
     layers = len(attention or mlps)
     moving = outputs_from(canonical, [site.node for site in attention or mlps])
     moving = moving if any(moving) and only_computes(canonical, moving) else ()
-    still = None if all(moving) else keep_outputs(dense_copy(canonical)[0], [not moves for moves in moving])
+    still = None
+    if moving and not all(moving):
+        still = keep_outputs(dense_copy(canonical)[0], [not moves for moves in moving])
     # A block compiled by itself does not know how many came before it: its callable counts (runner.py).
     first = config.dense_layers if inputs.timesteps or layers > config.dense_layers else 0
     sites, leading = _without_leading(canonical, attention, mlps, first)

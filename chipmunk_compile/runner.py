@@ -103,7 +103,7 @@ class Runner(Called):
         dense model has no state, and is right in any case.
         """
         root, expected = owner.root, owner.clock.expected if owner.clock is not None else None
-        alone = root.is_one_call_of(owner) and not self._dense_until
+        alone = root.was_one_call_of(owner) and not self._dense_until
         # What writes more than its state must not run twice, nor what the other ranks may run once.
         if expected is None or not alone or not self._computes or self._ranks.several or is_disabled():
             return
@@ -219,6 +219,7 @@ class Runner(Called):
         self, way: Config, owner: Owner, tick: Tick, occurrence: int, args: Sequence, early: Early | None = None
     ):
         """A step that is forecast, or the dense model: no deltas, and so no state."""
+        tick.stream.states.pop((owner.key, occurrence), None)  # of deltas, from before this was known to be the model
         history = self._forecaster.history(way, owner, tick.stream, occurrence)
         if history.is_over(tick):
             history.filled = False

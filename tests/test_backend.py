@@ -177,7 +177,7 @@ def test_a_graph_called_before_the_clock_is_left_dense():
 
 
 def test_steps_given_outright_read_nothing(monkeypatch):
-    monkeypatch.setattr("chipmunk_compile.timekeeper.read_evidence", lambda *_: pytest.fail("read from the device"))
+    monkeypatch.setattr("chipmunk_compile.evidence.read_evidence", lambda *_: pytest.fail("read from the device"))
     model = toy()
     compiled, _ = compile_toy(model, steps=6, streams=2, **EXACT)
     outputs, references = [], []

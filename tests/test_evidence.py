@@ -23,8 +23,12 @@ def reads(monkeypatch) -> list:
 
 def test_a_timestep_handed_over_twice_is_read_once(reads):
     last, now, latents = TimesRead(), torch.full((2,), 0.5), torch.ones(3, 4)
-    (first, prints), again = last.read([now], [latents], [0]), last.read([now], [latents], [])
-    assert first == (0.5,) and set(prints) == {0} and again == ((0.5,), {}) and len(reads) == 1
+    prompt, other = torch.ones(2, 5)
+    first, prints = last.read([now], [latents, prompt], [0])
+    assert first == (0.5,) and set(prints) == {0}
+    assert last.read([now], [latents, other], []) == ((0.5,), {}) and len(reads) == 1
+    last.read([now], [latents, other], [])
+    assert len(reads) == 2, "the same once more: another step, of buffers written in ways that move no version"
 
 
 @pytest.mark.parametrize("change", ["written", "another", "another beside it", "unknown latents", "gone"])

@@ -8,7 +8,7 @@ from chipmunk_compile.backend import chipmunk
 from chipmunk_compile.config import PRESETS, Config, ScheduleOptions
 from chipmunk_compile.schedule import Program, programs_of
 from tests.test_forecast import Linear
-from tests.toy_dit import Loop, toy, worst
+from tests.toy_dit import Loop, ToyDiT, toy, worst
 
 STEPS = 20
 WHOLE = [name for name, options in PRESETS.items() if options.get("forecast.refresh_every") == 1]
@@ -61,6 +61,26 @@ def test_a_computed_step_is_the_dense_model_bit_for_bit(uncompiled):
     outputs = loop.run(compiled(model, preset("quality", **{"forecast.repay": False})))
     assert ran() == {"dense": 4}
     assert all(a.equal(b) for a, b in zip(outputs, loop.run(model)))
+
+
+@pytest.mark.parametrize("unit", [1.0, 1000.0])
+def test_a_time_that_counts_up_is_forecast_as_well(unit, uncompiled):
+    """As Lumina's and Z-Image's pipelines have it: from 0 to 1."""
+
+    class Upward(ToyDiT):
+        def forward(self, x, t, prompt):
+            return super().forward(x, 1.0 - t / unit, prompt)
+
+    torch.manual_seed(0)
+    model, loop = Upward().eval().requires_grad_(False), Loop(steps=STEPS)
+    calls = [(x, (1.0 - t) * unit, prompt) for x, t, prompt in loop]
+    fast, counted = compiled(model, preset("balanced")), []
+    with torch.no_grad():
+        outputs = [fast(*inputs) for inputs in calls]
+        counted.append(ran())
+        assert alike(outputs, [model(*inputs) for inputs in calls]) < 0.12
+    loop.run(compiled(toy(), preset("balanced")))
+    assert counted[0] == ran() and ran()["forecast"] > STEPS // 3
 
 
 def test_bolder_presets_compute_less(uncompiled):

@@ -72,7 +72,7 @@ def test_generation_with_counts_reads_nothing(monkeypatch):
     def read(*_):
         raise AssertionError("read from the device")
 
-    monkeypatch.setattr("chipmunk_compile.timekeeper.read_evidence", read)
+    monkeypatch.setattr("chipmunk_compile.evidence.read_evidence", read)
     monkeypatch.setattr("chipmunk_compile.generations.read_evidence", read)
     model, loops = toy(layers=3), [Loop(seed=1), Loop(seed=2)]
     compile_blocks(model, **EXACT)
