@@ -27,6 +27,8 @@ TIME_LEAP = 4.0
 # Steps in a row at which the latents leaped and all else went on, until their leaping counts for nothing: some loops
 # (profiling, tests) hand over new noise at every step.
 RESTLESS = 2
+# Latents that move so many times as fast as in the step before were changed by other hands than the sampler's.
+JUMP = 3.0
 # Generations in a row whose steps were few, until the next is taken to have no more.
 SHORT_IN_A_ROW = 3
 # Streams kept at a time when pipelines interleave on one model.
@@ -49,6 +51,7 @@ class Stream:
     steady: set[int] | None = None  # positions that never changed in this stream
     history: list[dict[int, Fingerprint]] = field(default_factory=list)  # of each step, where content is compared
     settled: bool = False  # the inputs moved by small steps, once at least
+    pace: float = 0.0  # of the last move of the latents, as a share of them, in time; 0 if there was none
     ticks: int = 0  # ever
     dead: bool = False
 
@@ -59,7 +62,7 @@ class Stream:
     def restart(self, generation: int) -> None:
         """The stream of the next generation, in the same memory."""
         self.generation, self.last, self.steady, self.history, self.settled = generation, None, None, [], False
-        self.first = None
+        self.first, self.pace = None, 0.0
         self.programs.clear()
         for state in self.states.values():
             state.filled = False
@@ -154,6 +157,8 @@ class InferredClock(Clock):
         self._first_time = math.nan
         self._length = 0  # of the generation before, in steps
         self._so_far, self._lengths = 0, deque(maxlen=SHORT_IN_A_ROW)  # of this generation, and before
+        # (times of a step, of the first) -> (the time by which it is forecast, how far that goes); None: the timestep.
+        self.course: Callable[[Times, Times], tuple[float, float] | None] | None = None
         # Of the call that is being read: its stream and step, if the generation goes on.
         self.expected: tuple[Stream, int] | None = None
 
@@ -176,7 +181,7 @@ class InferredClock(Clock):
         learned = self._learn(evidence)
         self.live = [s for s in self.live if not s.dead]
         stream = self._match(evidence)
-        changed, leaped, _ = self._changes(stream.last, evidence) if stream is not None else (0, 0, 0.0)
+        changed, leaped, largest = self._changes(stream.last, evidence) if stream is not None else (0, 0, 0.0)
         if stream is not None and evidence.time == stream.time and changed == leaped > 0:
             stream = None  # another picture of the same conditioning, denoised beside this one: unrelated latents
         fresh, sound = True, False
@@ -187,7 +192,7 @@ class InferredClock(Clock):
             # A first step repeated may be a generation begun again, and what was just learned may not be all.
             repeated = stream.step == 0 and evidence.time == stream.time
             leaped = self._latents_leaped(evidence, changed == leaped == 1) or self._time_leaped(stream, evidence)
-            sound = not leaped and not repeated
+            sound = not (self._jumped(stream, evidence, largest) or leaped or repeated)
             fresh = learned or not sound
         if stream.last is not None and evidence.time != stream.time:
             if stream.stride:
@@ -201,8 +206,9 @@ class InferredClock(Clock):
         self._memory.append(evidence)
         self.live.sort(key=lambda s: s is stream)  # the one called last comes last
         usual = max(self._lengths) if len(self._lengths) == SHORT_IN_A_ROW else None
-        span = evidence.way_since(stream.first)
-        self.now = Tick(stream, stream.step, fresh, evidence.time, repeats, usual, span, learned and sound)
+        course = self.course(evidence.times, stream.first) if self.course is not None else None
+        time, span = course or (evidence.time, evidence.way_since(stream.first))
+        self.now = Tick(stream, stream.step, fresh, time, repeats, usual, span, learned and sound)
         return self.now
 
     def finish(self) -> None:
@@ -216,7 +222,12 @@ class InferredClock(Clock):
 
     def _expect(self, evidence: Evidence) -> tuple[Stream, int] | None:
         """What the call is if nothing but objects is looked at: the next step of the one stream they name."""
-        named = [s for s in self.live if not s.dead and all(evidence.same_object(s.last, p) for p in self.conditioning)]
+        named = [
+            stream
+            for stream in self.live
+            if not stream.dead
+            and all(evidence.same_object(stream.last, p, looked_into=False) for p in self.conditioning)
+        ]
         if len(named) != 1 or not self.conditioning:
             return None
         (stream,) = named
@@ -232,6 +243,9 @@ class InferredClock(Clock):
                 gone = past.is_gone(position)
                 # Of what is known to recur, only whether it does as another object is still to be learned.
                 if past.time == evidence.time or (known and not gone) or not evidence.same(past, position):
+                    continue
+                # Zeros of one step are like those of any other: what is switched off (a control) may yet be on.
+                if not evidence.same_object(past, position) and not any(evidence.prints[position]):
                     continue
                 known = True
                 self.conditioning.add(position)
@@ -255,11 +269,17 @@ class InferredClock(Clock):
         Without conditioning, order and continuity must do.
         """
         if not self.conditioning:
-            return self.live[-1] if self.live and len(evidence) <= 1 else None
+            return self.live[-1] if self.live and (len(evidence) <= 1 or self._all_move(evidence)) else None
         named = [stream for stream in reversed(self.live) if self._names(stream, evidence)]
         if len(named) < 2:
             return named[0] if named else None
         return min(named, key=lambda stream: self._changes(stream.last, evidence)[2])
+
+    def _all_move(self, evidence: Evidence) -> bool:
+        """Whether all inputs, several pictures' latents, say, moved by small steps since the last call."""
+        last = self.live[-1].last
+        moves = last is not None and last.time != evidence.time and len(last) == len(evidence)
+        return moves and self._changes(last, evidence)[:2] == (len(evidence), 0)
 
     def _continues(self, stream: Stream, evidence: Evidence, changed: int, leaped: int) -> bool:
         """changed, leaped: how many inputs did since the last step of the stream."""
@@ -281,6 +301,15 @@ class InferredClock(Clock):
 
     def _time_leaped(self, stream: Stream, evidence: Evidence) -> bool:
         return bool(stream.stride) and abs(evidence.time - stream.time) > TIME_LEAP * abs(stream.stride)
+
+    def _jumped(self, stream: Stream, evidence: Evidence, largest: float) -> bool:
+        """Whether what varies moved much faster than in the step before: a callback edits latents, perhaps.
+
+        largest: the largest change of an input, as a share of it.
+        """
+        way = abs(evidence.time - stream.time)
+        before, stream.pace = stream.pace, largest / way if way else 0.0
+        return bool(before) and stream.pace > JUMP * before
 
     def _latents_leaped(self, evidence: Evidence, is_another: bool) -> bool:
         """The one input that varies is unrelated to what it was (`is_another`): another noise, though prompt and time

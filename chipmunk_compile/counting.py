@@ -58,8 +58,10 @@ class CountedClock(Clock):
         if index >= len(self.live) or self.live[index].last is None:
             return False
         stream = self.live[index]
-        same = evidence.same_content if self.by_content else evidence.same_object
-        held = {p for p in range(len(evidence)) if same(stream.last, p)}
+        if self.by_content:
+            held = {p for p in range(len(evidence)) if evidence.same_content(stream.last, p)}
+        else:
+            held = {p for p in range(len(evidence)) if evidence.same_object(stream.last, p, looked_into=False)}
         before, stream.steady = stream.steady, held if stream.steady is None else held & stream.steady
         if before is not None and before - held:
             return True

@@ -51,7 +51,8 @@ class Evidence:
             mine = reference()
             for other in past:
                 if position < len(other.objects) and other.objects[position]() is mine:
-                    if position in other.prints and other.versions[position] == self.versions[position]:
+                    version = self.versions[position]
+                    if position in other.prints and version is not None and other.versions[position] == version:
                         self.prints[position] = other.prints[position]
                     break
 
@@ -59,15 +60,17 @@ class Evidence:
         """Whether the caller has dropped that input."""
         return position < len(self.objects) and self.objects[position]() is None
 
-    def same_object(self, other: Evidence, position: int) -> bool:
+    def same_object(self, other: Evidence, position: int, looked_into: bool = True) -> bool:
+        """Whether an input is the object that it was, unwritten. What was made in inference mode does not tell when it
+        is written to: its content does, if that is known already (`looked_into`)."""
         if position >= len(other) or position >= len(self):
             return False
         mine = self.objects[position]()
-        return (
-            mine is not None
-            and mine is other.objects[position]()
-            and self.versions[position] == other.versions[position]
-        )
+        if mine is None or mine is not other.objects[position]():
+            return False
+        version = self.versions[position]
+        told = version is not None or not looked_into or self.same_content(other, position)
+        return told and version == other.versions[position]
 
     def same_content(self, other: Evidence, position: int) -> bool:
         mine = self.prints.get(position)
@@ -92,9 +95,10 @@ class Evidence:
         return changed, leaped, largest
 
 
-def _version(tensor: torch.Tensor) -> int:
-    """Moves when the tensor is written in place: a static buffer that is filled anew is another input."""
-    return 0 if tensor.is_inference() else tensor._version
+def _version(tensor: torch.Tensor) -> int | None:
+    """Moves when the tensor is written in place: a static buffer that is filled anew is another input. None where
+    nothing moves: of tensors made in inference mode."""
+    return None if tensor.is_inference() else tensor._version
 
 
 def fingerprint(tensor: torch.Tensor) -> torch.Tensor:

@@ -43,6 +43,7 @@ class History:
     moments: list[float] = field(default_factory=list)
     outputs: list[Outputs] = field(default_factory=list)
     fits: Any = None  # what it was made for, as of a State
+    dtype: torch.dtype | None = None  # of the output, where what it stands for is remembered in its place
     leads: bool = False  # outputs of the last piece of a forward: hidden states, [..., channels]
     error: Outputs | None = None
     error_age: float = 0.0

@@ -29,28 +29,39 @@ class Forecaster:
     as_one, as_piece: the options that hold where the graph is the whole forward, and where it is a piece of it.
     """
 
-    def __init__(self, config: Config, computes: bool, has_layers: bool, parts: Parts | None) -> None:
+    def __init__(
+        self, config: Config, computes: bool, has_layers: bool, parts: Parts | None, latents: int | None = None
+    ) -> None:
         """computes: the graph does nothing but that, so it may be a whole forward that is forecast. parts: of its
-        outputs; None where it cannot be forecast as a piece: if it has layers, the other pieces cannot be either."""
+        outputs; None where it cannot be forecast as a piece: if it has layers, the other pieces cannot be either.
+        latents: the argument that holds them, where one is known to."""
         self.as_one, self.as_piece = config.where_forecast(), config.where_forecast(in_pieces=True)
-        self._computes, self._has_layers, self._parts = computes, has_layers, parts
+        self._computes, self._has_layers, self._parts, self._latents = computes, has_layers, parts, latents
+        self._said_unweighed = False
 
     def way(self, root: Root) -> Config | None:
         """The options that hold for this call, if any outputs are to be remembered; else None."""
         root.forward.pieces += self._parts is not None
         root.forward.can_forecast &= self._parts is not None or not self._has_layers
         if root.is_one_call:
+            if root.prediction is not None and (self._latents is None or not _is_flow_time(root.forward.tick.time)):
+                return self._cannot_weigh()
             asked = self.as_one.forecasts or self.as_one.forecast.residual > 0
             return self.as_one if asked and self._computes else None
         is_piece = self._parts is not None and self.as_piece.forecasts and root.is_of_pieces
         return self.as_piece if is_piece else None
+
+    def _cannot_weigh(self) -> None:
+        if not self._said_unweighed and (self.as_one.forecasts or self.as_one.forecast.residual):
+            self._said_unweighed = True
+            log.warning("%s: none is forecast", Reason.UNKNOWN_NOISE.value)
 
     def history(self, way: Config | None, owner: Owner, stream: Stream, occurrence: int) -> History | None:
         """What is remembered of this call's outputs in earlier steps of the stream."""
         if way is None:
             return self.forget(owner, stream, occurrence)
         leads = way is self.as_piece and owner.root.is_last_piece
-        key, fits = _key(owner, occurrence), (self, way is self.as_piece, leads)
+        key, fits = _key(owner, occurrence), (self, way is self.as_piece, leads, owner.root.prediction)
         history = stream.states.get(key)
         if history is None or history.fits != fits:
             options = way.forecast if leads or way is self.as_one else ForecastOptions(way.forecast.order)
@@ -91,18 +102,24 @@ class Forecaster:
             return program_at(step, self.as_one.schedule) is not Program.FORECAST
         others = self.others(history, owner, stream, 0)
         warms_up = history.judge.computed < self.as_one.schedule.warmup
-        return warms_up or is_computed(history, others, stream.time + stream.stride)
+        return warms_up or is_computed(history, others, owner.root.next_time(stream))
 
-    def forecast(self, way: Config, history: History, tick: Tick, args: Sequence) -> Sequence:
+    def forecast(self, way: Config, history: History, root: Root, tick: Tick, args: Sequence) -> Sequence:
         """The outputs of a step that is not computed."""
         telemetry.count("forecast")
         forecast = history.forecast(tick.time)
-        return forecast if way is self.as_one else self._parts.with_still(forecast, args)
+        if way is self.as_piece:
+            return self._parts.with_still(forecast, args)
+        if root.prediction is not None:
+            return [root.prediction.noise(forecast[0], args[self._latents], tick.time, history.dtype)]
+        return forecast
 
-    def keep(self, way: Config, history: History, root: Root, tick: Tick, computed: Sequence) -> Sequence:
+    def keep(
+        self, way: Config, history: History, root: Root, tick: Tick, computed: Sequence, args: Sequence
+    ) -> Sequence:
         """The outputs of a computed step, remembered: those of pieces as long as the memory budget has room."""
         if way is self.as_one:
-            return history.keep(tick.time, computed, tick.span)
+            return self._keep_as_one(history, root, tick, computed, args)
         moving = history.keep(tick.time, self._parts.moving(computed), tick.span)
         outputs, budget = self._parts.with_moving(moving, computed), way.memory_budget
         if budget is not None:
@@ -114,6 +131,19 @@ class Forecaster:
                     del tick.stream.states[key]
         return outputs
 
+    def _keep_as_one(self, history: History, root: Root, tick: Tick, computed: Sequence, args: Sequence) -> Sequence:
+        latents = args[self._latents] if self._latents is not None else None
+        if root.prediction is None:
+            if latents is not None and tick.step == 0:
+                root.look_at(computed[0], latents)
+            return history.keep(tick.time, computed, tick.span)
+        history.dtype = computed[0].dtype
+        velocity = root.prediction.velocity(computed[0], latents, tick.time)
+        (repaid,) = history.keep(tick.time, [velocity], tick.span)
+        if repaid is velocity:
+            return computed
+        return [root.prediction.noise(repaid, latents, tick.time, history.dtype)]
+
 
 def _due(way: Config, history: History, others: list[History], tick: Tick, unforeseen: Program) -> Program:
     """Where forecasts are judged, the computed steps are the ones counted for refreshes."""
@@ -124,6 +154,11 @@ def _due(way: Config, history: History, others: list[History], tick: Tick, unfor
     if may_wait and may_forecast(history, others, tick.time):
         return Program.FORECAST
     return unforeseen if due is Program.FORECAST else due
+
+
+def _is_flow_time(time: float) -> bool:
+    """Not a counted step, nor nothing."""
+    return 0.0 < time < 1.0
 
 
 def _key(owner: Owner, occurrence: int) -> tuple:

@@ -15,6 +15,9 @@ import torch
 
 # Forecasts in a row.
 MOST = 8
+# A forecast this wrong, relative to the output, knows nothing of it: samplers that add noise at every step have such
+# steps, and however short those are, a forecast would leave in the latents what the model was to take out.
+WORST = 1.0
 
 
 class Judge:
@@ -47,7 +50,7 @@ class Judge:
         """Whether this step may be forecast over `gap`. Reads the last error."""
         if self._row >= MOST or moment == self._last:  # a time evaluated twice (Heun): no gap says anything of it
             return False
-        return self._left_after(moment, gap) <= self.tolerance  # nor where it is not a number
+        return self._expected(gap) < WORST and self._left_after(moment, gap) <= self.tolerance  # both false for nan
 
     @property
     def waits(self) -> bool:
@@ -60,10 +63,15 @@ class Judge:
         self._last = moment
 
     def _left_after(self, moment: float, gap: float) -> float:
-        if self._told is None or not self._gap or not self._span:
+        if not self._span:
             return math.inf
-        expected = self._told.values[0] * (gap / self._gap) ** (self.order + 1)
-        return self._left + expected * abs(moment - self._last) / self._span
+        return self._left + self._expected(gap) * abs(moment - self._last) / self._span
+
+    def _expected(self, gap: float) -> float:
+        """The relative error of a forecast over `gap`."""
+        if self._told is None or not self._gap:
+            return math.inf
+        return self._told.values[0] * (gap / self._gap) ** (self.order + 1)
 
 
 class Arriving:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import sys
 import threading
 import weakref
@@ -15,11 +16,13 @@ import torch
 
 from . import telemetry
 from .budget import Ledger
-from .clock import Clock, InferredClock, Tick
+from .clock import Clock, InferredClock, Stream, Tick
 from .config import Config
 from .counting import CountedClock
-from .evidence import Inputs, Reader
+from .evidence import Inputs, Reader, Times
+from .judge import Arriving
 from .passes.reasons import Reason
+from .prediction import NEAR, NoisePrediction, distance
 from .schedule import Program
 from .state import Owner
 
@@ -68,6 +71,8 @@ class Root:
         self.hooked = False  # the block begins forwards itself
         self.wanted = False  # a graph with sites found no clock
         self.over_budget = False  # what its pieces' forecasts would remember is
+        self.prediction: NoisePrediction | None = None  # of a model that predicts noise, once that is known
+        self._distance: Arriving | None = None  # of an output from the latents, on its way
         self._warned = False
         self._counted: CountedClock | None = None
         self._leader: frozenset[int] | None = None
@@ -149,6 +154,10 @@ class Root:
         before = self.forward
         if before is not None:
             self._recent.append(before)
+        if isinstance(clock, InferredClock):
+            clock.course = self.course
+        elif self._distance is not None and self.counted is not None:
+            self.course((), (math.nan,))
         tick = clock.tick(inputs, read)
         begun_by = owner.key if owner is not None else None
         forward = self._running.forward = Forward(tick, clock, self._epoch, begun_by)
@@ -164,6 +173,28 @@ class Root:
             if not self._warned:
                 self._warned = True
                 log.warning("%s: the graph that receives the timestep cannot tell calls apart", Reason.NO_CLOCK.value)
+
+    def look_at(self, output: torch.Tensor, latents: torch.Tensor) -> None:
+        """A model's output at the first step of a generation: does it predict the noise in its latents?"""
+        if self.prediction is None:
+            self._distance = Arriving(distance(output, latents))
+
+    def course(self, times: Times, first: Times) -> tuple[float, float] | None:
+        """As `Clock.course`: by the share of noise, where that is what the model predicts. Not at the first step at
+        which that is looked at: which input is the timestep shows at the second."""
+        if self._distance is not None and times != first:
+            (found,), self._distance = self._distance.values, None
+            if found < NEAR:
+                self.prediction = NoisePrediction()
+                log.info("the model predicts noise: steps are forecast as the velocity that its output stands for")
+        return self.prediction.course(times, first) if self.prediction is not None else None
+
+    def next_time(self, stream: Stream) -> float:
+        """The time of the stream's next step, if it goes on as it did."""
+        if self.prediction is None:
+            return stream.time + stream.stride
+        then, now = stream.first, stream.last.times
+        return self.prediction.course(tuple(n + stream.stride * (n != t) for n, t in zip(now, then)), then)[0]
 
     def tick(self, owner: Owner, inputs: Inputs, read: Reader) -> tuple[Tick, int] | None:
         """Where a call of `owner` belongs, and how often it was called in this forward before; None where nothing

@@ -71,7 +71,9 @@ class Runner(Called):
         self._ranks = ranks_of(gm)
         self._computes = only_computes(analysis.canonical)
         parts = Parts(analysis, config, compiler) if analysis.moving else None
-        self._forecaster = Forecaster(config, self._computes, analysis.layers > 0, parts)
+        (latents,) = analysis.inputs.latents or (None,)
+        latents = analysis.inputs.user[latents] if latents is not None else None
+        self._forecaster = Forecaster(config, self._computes, analysis.layers > 0, parts, latents)
         # Layers of a forward that stay dense, where this graph holds too few to tell which of them they are.
         self._dense_until = config.dense_layers if analysis.layers <= config.dense_layers else 0
         self._by_grid: dict[tuple, Programs] = {} if programs is None else programs
@@ -181,7 +183,9 @@ class Runner(Called):
                 state.filled = True
                 history = self._forecaster.history(way, owner, tick.stream, occurrence)
                 owner.root.end_call(self._analysis.layers)
-                return early.outputs if history is None else history.keep(tick.time, early.outputs, tick.span)
+                if history is None:
+                    return early.outputs
+                return self._forecaster.keep(way, history, owner.root, tick, early.outputs, args)
             owner.misjudged += 1
             telemetry.count(early.program.value, -1)
             telemetry.count("misjudged")
@@ -208,10 +212,10 @@ class Runner(Called):
         elif history is None:
             outputs = self._run_program(program, programs, state, args)
         elif program is Program.FORECAST:
-            outputs = self._forecaster.forecast(way, history, tick, args)
+            outputs = self._forecaster.forecast(way, history, owner.root, tick, args)
         else:
             computed = self._run_beside(history, program, beside, programs, state, tick, args)
-            outputs = self._forecaster.keep(way, history, owner.root, tick, computed)
+            outputs = self._forecaster.keep(way, history, owner.root, tick, computed, args)
         owner.root.end_call(self._analysis.layers)
         return outputs
 
@@ -229,13 +233,13 @@ class Runner(Called):
         forecast = self._ranks.agree(Program.FORECAST if may else Program.DENSE).program is Program.FORECAST
         settle(others, tick.time, forecast)
         if forecast:
-            outputs = self._forecaster.forecast(way, history, tick, args)
+            outputs = self._forecaster.forecast(way, history, owner.root, tick, args)
         else:
             if self._dense is None:
                 self._dense = dense_program(self._dynamo, args, self._config, self._compiler)
             outputs = self._dense(*args) if early is None else early.outputs
             if not tick.is_past:
-                outputs = self._forecaster.keep(way, history, owner.root, tick, outputs)
+                outputs = self._forecaster.keep(way, history, owner.root, tick, outputs, args)
         owner.root.end_call(self._analysis.layers)
         return outputs
 

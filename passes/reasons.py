@@ -54,5 +54,9 @@ class Reason(enum.Enum):
     WALLED_IN = "going around the ops that fix the order of tokens costs more than token order is worth"
     # One call.
     NO_CLOCK = "no evidence of step and stream: no timestep input, no generation(), no steps option"
+    UNKNOWN_NOISE = (
+        "the model predicts noise, and how much of its latents is noise at a step is not known (steps are counted, or "
+        "several inputs could be the latents)"
+    )
     FEW_STEPS = "the generation has so few steps that all of them would be computed in full"
     DISABLED = "inside chipmunk_compile.disabled()"

@@ -176,6 +176,55 @@ def test_a_static_buffer_filled_anew_is_another_input(call):
     assert call(0.1, latents, prompt).fresh
 
 
+@pytest.mark.parametrize("written", [True, False])
+def test_a_static_buffer_of_inference_mode_is_looked_into(call, written):
+    """No version tells that it was written to."""
+    with torch.inference_mode():
+        buffer, prompts, latents = tensor(), [tensor(), tensor()], tensor()
+        ticks = []
+        for time in times(5):
+            latents = 0.95 * latents + 0.1 * tensor()
+            for prompt in prompts if written else prompts[:1]:
+                ticks.append(call(time, latents, buffer.copy_(prompt)))
+    streams = 2 if written else 1
+    assert [tick.step for tick in ticks] == [step for step in range(5) for _ in range(streams)]
+    assert not any(tick.fresh for tick in ticks[-2 * streams :])
+
+
+@pytest.mark.parametrize("share", [0.0, 0.5])
+def test_latents_that_other_hands_change_are_not_built_on(call, share):
+    """As a callback does that pastes a picture into half of them."""
+    prompt, latents, fresh = tensor(), tensor(), []
+    for k, time in enumerate(times(8)):
+        latents = 0.97 * latents + 0.05 * tensor()
+        if k == 5:
+            rows = round(share * len(latents))
+            latents[:rows] = 0.5 * latents[:rows] + 0.5 * tensor()[:rows]
+        fresh.append(call(time, latents, prompt).fresh)
+    assert fresh == [True, True, False, False, False, share > 0, False, False]
+
+
+def test_a_control_that_is_switched_off_at_first_is_no_conditioning(call):
+    """Its zeros of one step are as those of the next, and say nothing of later generations."""
+    for generation in range(3):
+        prompt, latents, control, fresh = tensor(), tensor(), tensor(), []
+        for time in times(6):
+            latents, control = 0.95 * latents + 0.1 * tensor(), 0.95 * control + 0.1 * tensor()
+            residual = control.clone() if generation else torch.zeros_like(control)
+            fresh.append(call(time, latents, prompt, residual).fresh)
+        assert not any(fresh[2:]) and call.clock.generation == generation + 1
+
+
+def test_two_pictures_latents_and_no_conditioning_at_all(call):
+    """A list of them, handed to one call: all inputs move."""
+    one, other, ticks = tensor(), tensor(), []
+    for time in times(5):
+        one, other = (0.95 * latents + 0.1 * tensor() for latents in (one, other))
+        ticks.append(call(time, one, other))
+    assert [tick.step for tick in ticks] == [0, 1, 2, 3, 4] and not ticks[-1].fresh
+    assert call(1.0, tensor(), tensor()).step == 0 and call.clock.generation == 2
+
+
 def test_pipelines_that_interleave_keep_their_streams(call):
     call.generation([tensor()], times(4))
     first, second, a, b = tensor(), tensor(), tensor(), tensor()

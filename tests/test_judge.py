@@ -39,6 +39,16 @@ def takes(judge: Judge, moment: float, gap: float) -> bool:
     return allowed
 
 
+def test_a_forecast_that_knows_nothing_is_never_taken():
+    """However short the steps are: where noise is added at each, what one would take out would stay in."""
+    for error, steps in ((0.9, 4), (1.1, 0)):
+        judge = Judge(0.01, 1)
+        for step in range(3):
+            told = Arriving(torch.tensor([error])) if step == 2 else None
+            judge.weigh(1.0 - 0.0001 * step, 0.0001 if step == 2 else None, told, 1.0)
+        assert bool(takes(judge, 0.9997, 0.0001)) is bool(steps)
+
+
 @pytest.mark.parametrize(
     "order, error, expected",
     [
