@@ -1,5 +1,5 @@
-"""When the kept token gathers of a stream (`passes.keep_gathers`) are made: after a refresh, and whenever what they are
-made from is another object or was written to."""
+"""When what holds still is made, and made anew: the kept token gathers of a stream (`passes.keep_gathers`), and what
+deltas want of an owner's weights in another form (`passes.lower.weights_program`)."""
 
 from __future__ import annotations
 
@@ -14,21 +14,24 @@ from .passes.keep_gathers import keep_program, kept_gathers
 from .state import State
 
 
-class Keeper:
-    """The keep program of one permuted graph. It runs as it is, once in a while: it is not worth a compile."""
+def gathers_keeper(canonical: fx.GraphModule) -> Keeper:
+    """Of a permuted graph's kept gathers, the last tensors of a stream's state. The first delta behind a refresh always
+    makes them anew."""
+    count = len(kept_gathers(canonical))
+    return Keeper(*(keep_program(canonical) if count else (None, ())), count)
 
-    def __init__(self, canonical: fx.GraphModule) -> None:
-        self._program, self._reads = None, ()
-        self._count = len(kept_gathers(canonical))
-        if self._count:
-            self._program, self._reads = keep_program(canonical)
+
+class Keeper:
+    """A small program that writes the last `count` tensors of a state. It runs as it is, once in a while: it is not
+    worth a compile."""
+
+    def __init__(self, program: fx.GraphModule | None, reads: Sequence[int], count: int) -> None:
+        """reads: positions of the inputs that it is made from. program: None where there is nothing to make."""
+        self._program, self._reads, self._count = program, reads, count
 
     def update(self, state: State, inputs: Sequence[Any]) -> None:
-        """Makes `state`'s kept gathers, its last tensors, from `inputs` (of the permuted graph) unless they stand.
-
-        They stand as long as the inputs are the same objects at the same version. What no version tells (a parameter
-        written through `.data`) is seen at the next refresh, after which they are always made anew.
-        """
+        """Makes the tensors from `inputs` unless they stand: those are the same objects at the same version. What no
+        version tells (a parameter written through `.data`) is seen where a caller has set `kept_from` to None."""
         if self._program is None:
             return
         read = [inputs[position] for position in self._reads]

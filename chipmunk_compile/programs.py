@@ -16,13 +16,13 @@ from torch import fx
 
 from . import telemetry
 from .config import Config
-from .kept import Keeper, marks, unchanged
+from .kept import Keeper, gathers_keeper, marks, unchanged
 from .kernels import cpu, ops
 from .offloading import Offload
 from .passes.collector import collector_paused
 from .passes.graphs import copy_graph
 from .passes.key_masks import mask_inputs
-from .passes.lower import StateTensor, kept_state, lift_state, lower
+from .passes.lower import StateTensor, kept_state, lift_state, lower, weights_program
 from .passes.offload import offload, offload_state
 from .plan import Plan
 from .schedule import Program
@@ -71,17 +71,23 @@ class Programs:
         moved = offload_state(plan.treatments, plan.movable)
         self.state = [*lift_state(plan.treatments), *kept_state(plan.canonical), *moved]
         self.offload = Offload(plan, config.memory_budget, config.streams)
-        self._keeper = Keeper(plan.canonical)
+        self._gathers = gathers_keeper(plan.canonical)
+        self._weights = Keeper(*weights_program(plan.canonical, plan.treatments), len(self.scope("weights")))
         self._mask_inputs = mask_inputs(plan.canonical, [treatment.site for treatment in plan.treatments])
 
-    def run(self, program: Program, args: Sequence, state: State | None = None):
+    def run(self, program: Program, args: Sequence, state: State | None = None, begins: bool = True):
+        """begins: a generation does, or its state was lost; weights may have been written to in ways that nothing shows
+        (a LoRA fused)."""
         lifted = self._lifted(state) if state is not None else []
         masks_hold = False
         if program is Program.REFRESH:
             state.kept_from = None
             state.masks_from = marks(self._masks(args))
+            if begins:
+                state.weights.kept_from = None
+            self._weights.update(state.weights, [*args, *self._orders])
         elif program is Program.DELTA:
-            self._keeper.update(state, [*args, *self._orders])
+            self._gathers.update(state, [*args, *self._orders])
             masks_hold = bool(self._mask_inputs) and unchanged(state.masks_from, self._masks(args))
         compiled = self._compiled.get((program, masks_hold))
         if compiled is None:

@@ -306,11 +306,11 @@ class Runner(Called):
         return True
 
     def _run_program(self, program: Program, programs: Programs, state: State, args: Sequence):
-        state.filled = False  # until the program has run: one that fails half way leaves nothing to build on
+        begins, state.filled = not state.filled, False  # one that fails half way leaves nothing to build on
         if program is Program.DELTA and state.follower is not None:
             prefetch(state.follower())
         # A graph without sites is here for its forecasts.
-        outputs = programs.run(program, args, state) if programs.state else programs.run(Program.DENSE, args)
+        outputs = programs.run(program, args, state, begins) if programs.state else programs.run(Program.DENSE, args)
         state.filled = True
         return outputs
 

@@ -64,5 +64,23 @@ def copy_graph(gm: fx.GraphModule) -> tuple[fx.GraphModule, dict[fx.Node, fx.Nod
     return copied, env
 
 
+def part_of(gm: fx.GraphModule, wanted: Sequence[fx.Node]) -> tuple[fx.Graph, dict[fx.Node, fx.Node], tuple[int, ...]]:
+    """(graph, env, positions): the part of `gm` that the nodes `wanted` are computed from, behind all of its
+    placeholders; where the nodes are in it; and which placeholders it reads. It has no output yet."""
+    needed: set[fx.Node] = set()
+    stack = list(wanted)
+    while stack:
+        node = stack.pop()
+        if node not in needed:
+            needed.add(node)
+            stack += node.all_input_nodes
+    graph, env = fx.Graph(), {}
+    placeholders = [node for node in gm.graph.nodes if node.op == "placeholder"]
+    for node in (*placeholders, *(node for node in gm.graph.nodes if node in needed)):
+        if node not in env:
+            env[node] = graph.node_copy(node, env.__getitem__)
+    return graph, env, tuple(position for position, node in enumerate(placeholders) if node in needed)
+
+
 def _outputs(canonical: fx.GraphModule) -> Sequence:
     return next(iter(reversed(canonical.graph.nodes))).args[0]

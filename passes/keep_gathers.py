@@ -13,7 +13,7 @@ import torch
 from torch import fx
 
 from .canonical import clean
-from .graphs import graph_module
+from .graphs import graph_module, part_of
 
 aten = torch.ops.aten
 
@@ -28,23 +28,11 @@ def keep_program(gm: fx.GraphModule) -> tuple[fx.GraphModule, tuple[int, ...]]:
     tensor of `kept`; of `inputs`, those of `gm`, it reads the ones at `positions`.
     """
     wanted = kept_gathers(gm)
-    needed = _upstream(wanted)
-    graph = fx.Graph()
-    env: dict[fx.Node, fx.Node] = {}
-    positions = []
-    inputs = [node for node in gm.graph.nodes if node.op == "placeholder"]
-    for position, node in enumerate(inputs):
-        env[node] = graph.node_copy(node, env.__getitem__)
-        if node in needed:
-            positions.append(position)
-    targets = [graph.placeholder(f"kept_{k}") for k in range(len(wanted))]
-    for node in gm.graph.nodes:
-        if node in needed and node.op != "placeholder":
-            env[node] = graph.node_copy(node, env.__getitem__)
-    for target, node in zip(targets, wanted):
-        graph.call_function(aten.copy_.default, (target, env[node]))
+    graph, env, positions = part_of(gm, wanted)
+    for k, node in enumerate(wanted):
+        graph.call_function(aten.copy_.default, (graph.placeholder(f"kept_{k}"), env[node]))
     graph.output(())
-    return clean(graph_module(gm, graph)), tuple(positions)
+    return clean(graph_module(gm, graph)), positions
 
 
 def use_kept(gm: fx.GraphModule, env: dict[fx.Node, fx.Node], kept: list[fx.Node]) -> None:
@@ -53,15 +41,3 @@ def use_kept(gm: fx.GraphModule, env: dict[fx.Node, fx.Node], kept: list[fx.Node
     for node, value in zip(kept_gathers(gm), kept, strict=True):
         env[node].replace_all_uses_with(value)
         env[node] = value
-
-
-def _upstream(nodes: list[fx.Node]) -> set[fx.Node]:
-    """`nodes` and all that they are computed from."""
-    out: set[fx.Node] = set()
-    stack = list(nodes)
-    while stack:
-        node = stack.pop()
-        if node not in out:
-            out.add(node)
-            stack += node.all_input_nodes
-    return out

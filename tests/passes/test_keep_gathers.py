@@ -5,7 +5,7 @@ import torch
 from torch import fx
 
 import chipmunk_compile
-from chipmunk_compile.kept import Keeper
+from chipmunk_compile.kept import gathers_keeper
 from chipmunk_compile.passes.keep_gathers import keep_program, kept_gathers
 from chipmunk_compile.passes.lower import kept_state
 from chipmunk_compile.passes.token_cut import fixed_nodes
@@ -141,7 +141,7 @@ def keeper():
     values = [n.meta["val"] for n in canonical.graph.nodes if n.op == "placeholder"]
     _, positions = keep_program(canonical)
     inputs = [torch.zeros(v.shape, dtype=v.dtype) for v in values]
-    return Keeper(canonical), allocate(kept_state(canonical)), inputs, positions
+    return gathers_keeper(canonical), allocate(kept_state(canonical)), inputs, positions
 
 
 @pytest.mark.usefixtures("uncompiled")
