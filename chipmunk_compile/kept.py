@@ -15,8 +15,8 @@ from .state import State
 
 
 def gathers_keeper(canonical: fx.GraphModule) -> Keeper:
-    """Of a permuted graph's kept gathers, the last tensors of a stream's state. The first delta behind a refresh always
-    makes them anew."""
+    """Of a permuted graph's kept gathers, the last tensors of a stream's state. They are
+    always made anew where a generation begins."""
     count = len(kept_gathers(canonical))
     return Keeper(*(keep_program(canonical) if count else (None, ())), count)
 

@@ -76,18 +76,18 @@ class Programs:
         self._mask_inputs = mask_inputs(plan.canonical, [treatment.site for treatment in plan.treatments])
 
     def run(self, program: Program, args: Sequence, state: State | None = None, begins: bool = True):
-        """begins: a generation does, or its state was lost; weights may have been written to in ways that nothing shows
-        (a LoRA fused)."""
+        """begins: a generation does, or its state was lost; what it holds still may have been written to in ways that
+        nothing shows (a LoRA fused)."""
         lifted = self._lifted(state) if state is not None else []
         masks_hold = False
-        if program is Program.REFRESH:
-            state.kept_from = None
-            state.masks_from = marks(self._masks(args))
+        if state is not None:
             if begins:
-                state.weights.kept_from = None
-            self._weights.update(state.weights, [*args, *self._orders])
-        elif program is Program.DELTA:
+                state.kept_from = state.weights.kept_from = None
             self._gathers.update(state, [*args, *self._orders])
+        if program is Program.REFRESH:
+            self._weights.update(state.weights, [*args, *self._orders])
+            state.masks_from = marks(self._masks(args))
+        elif program is Program.DELTA:
             masks_hold = bool(self._mask_inputs) and unchanged(state.masks_from, self._masks(args))
         compiled = self._compiled.get((program, masks_hold))
         if compiled is None:

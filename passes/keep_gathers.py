@@ -1,10 +1,10 @@
 """Gathers of what holds still over a generation (position ids, RoPE tables, learned positions): made once.
 
-    delta:  f(x, rope(ids)[order])   ->   keep:   kept.copy_(rope(ids)[order])
-                                          delta:  f(x, kept)
+    f(x, rope(ids)[order])   ->   keep:             kept.copy_(rope(ids)[order])
+                                  refresh, delta:   f(x, kept)
 
 The keep program is the small part of a permuted graph that such gathers are computed from. What it writes is state,
-so the delta program neither gathers nor computes any of it. `permute_tokens` says which gathers these are.
+so the programs neither gather nor compute any of it. `permute_tokens` says which gathers these are.
 """
 
 from __future__ import annotations

@@ -132,7 +132,7 @@ def lower(
 
     attention:  sdpa(q, k, v)               ->  chipmunk.attention_refresh / attention_delta
     mlp:        linear(act(linear(x)))      ->  the same + copy_ into the caches / chipmunk.mlp_delta
-    gathers of tokens that hold still       ->  the same                         / state, made by the keep program
+    gathers of tokens that hold still       ->  state, made by the keep program
     """
     lowered, env = copy_graph(gm)
     graph = lowered.graph
@@ -143,8 +143,7 @@ def lower(
         with graph.inserting_after(last):
             last = state[tensor.name] = graph.placeholder(tensor.name)
         last.meta["lifted"] = tensor
-    if program == "delta":
-        use_kept(gm, env, [state[tensor.name] for tensor in kept])
+    use_kept(gm, env, [state[tensor.name] for tensor in kept])
     for number, treatment in enumerate(treatments):
         build = _BUILDERS[treatment.site.kind, program]
         node = env[treatment.site.node]
