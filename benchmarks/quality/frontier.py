@@ -207,7 +207,8 @@ def run(args: argparse.Namespace) -> Path:
             bench.reference(steps)
         with torch.enable_grad():
             bench.prepare_frechet()
-        bench.results.head["frechet_dense"] = {str(n): rounded(bench.frechet(x)) for n, x in bench.expected.items()}
+        found = {str(n): rounded(bench.frechet(x)) for n, x in bench.expected.items()}
+        bench.results.head["frechet_dense"] = {**bench.results.head.get("frechet_dense", {}), **found}
         builder = Builder(
             bench.model, bench.subject, bench.dense, bench.fast,
             lambda called: bench.run(bench.fast(called), 0, max(args.steps)), compiled=not args.eager,
