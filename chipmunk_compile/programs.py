@@ -25,6 +25,7 @@ from .passes.key_masks import mask_inputs
 from .passes.lower import StateTensor, kept_state, lift_state, lower, weights_program
 from .passes.offload import offload, offload_state
 from .plan import Plan
+from .repeated import MOVING, repeated, state_moves
 from .schedule import Program
 from .state import State
 
@@ -145,13 +146,20 @@ class Programs:
 def compile_graph(graph: fx.GraphModule, args: list, config: Config) -> Callable:
     """Inductor on one graph (which it takes over), outside Dynamo, for the shapes of `args`.
 
-    Its caches on disk serve a second process, in which a program of a FLUX with 57 blocks then takes 1 s, not 60. They
-    want a shape environment; none of its sizes is a symbol.
+    Where layers repeat, each distinct one is compiled once, in the first call (`repeated`). Inductor's caches on disk
+    serve a second process. They want a shape environment; none of its sizes is a symbol.
     """
+    telemetry.count("compiles")
+    compile = functools.partial(_inductor, config=config)
+    # Of CUDA graphs one is to hold the whole program: one for each piece would keep all that passes between them.
+    pieces = repeated(graph, compile) if not config.replays_cuda_graphs else None
+    return pieces or compile(graph, args)
+
+
+def _inductor(graph: fx.GraphModule, args: list, config: Config) -> Callable:
     from torch._inductor.compile_fx import compile_fx
     from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
-    telemetry.count("compiles")
     fake_mode = torch._subclasses.FakeTensorMode(shape_env=ShapeEnv())
     caches = torch.compiler.config
     with (
@@ -165,14 +173,13 @@ def compile_graph(graph: fx.GraphModule, args: list, config: Config) -> Callable
 def _examples(graph: fx.GraphModule, args: list, fake_mode) -> list:
     """`args`, but for state that may move: at one call two of those are the same tensor, at another they are not, and
     the compiler must not take either for granted."""
-    placeholders = [node for node in graph.graph.nodes if node.op == "placeholder"]
-    lifted = [node.meta.get("lifted") for node in placeholders]
-    if not any(spec is not None and spec.scope == "home" for spec in lifted):
+    if not state_moves(graph):
         return args
+    lifted = [node.meta.get("lifted") for node in graph.graph.nodes if node.op == "placeholder"]
     with fake_mode:
         return [
             torch.empty_strided(spec.shape, spec.stride, dtype=spec.dtype, device=spec.device)
-            if spec is not None and spec.scope in ("stream", "home")
+            if spec is not None and spec.scope in MOVING
             else arg
             for spec, arg in zip(lifted, args, strict=True)
         ]
