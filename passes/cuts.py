@@ -26,8 +26,7 @@ from torch._subclasses import FakeTensor
 from torch.fx import Node
 from torch.utils._pytree import tree_leaves
 
-from .retrace import _WRITING_OPERATORS as WRITING_OPERATORS
-from .retrace import _storages as storages
+from .retrace import WRITING_OPERATORS, storages
 
 _AUTOCAST = (torch.amp.autocast_mode._enter_autocast, torch.amp.autocast_mode._exit_autocast)
 # In the names of what reads and writes whole matrices by itself: the compiler fuses nothing into it.
@@ -145,7 +144,10 @@ def _check(node: Node) -> None:
         raise Uncuttable(f"{node} is symbolic")
     if isinstance(value_of(node), FakeTensor) and not all(type(size) is int for size in value_of(node).shape):
         raise Uncuttable(f"{node} has symbolic sizes")
-    if node.op == "call_method" and hasattr(torch.Tensor, node.target):
+    # These write to what they read without their names or schemas saying so, the first two when they train.
+    if any(word in name_of(node) for word in ("batch_norm", "instance_norm", "embedding_bag", "_fused_", "_amp_")):
+        raise Uncuttable(f"{node.target} may write to its inputs")
+    if node.op == "call_method" and hasattr(torch.Tensor, node.target) and not node.target.startswith("__i"):
         return
     if node.op != "call_function":
         raise Uncuttable(f"{node.op} {node.target}")
@@ -158,9 +160,6 @@ def _check(node: Node) -> None:
         return
     if not _is_hashable(node.target) or node.target not in _functions():
         raise Uncuttable(f"{node.target} is unknown")
-    # These write to what they read without their names saying so.
-    if name_of(node) in ("batch_norm", "instance_norm", "embedding_renorm"):
-        raise Uncuttable(f"{node.target} may write to its inputs")
     if name_of(node) == "embedding" and any(
         value is not None for value in (*node.args[3:4], node.kwargs.get("max_norm"))
     ):
@@ -178,12 +177,10 @@ def writes(node: Node) -> Iterator[Node]:
         return
     name = name_of(node)
     by_name = name.endswith("_") and not name.endswith("__")
-    if by_name or node.target in WRITING_OPERATORS or node.target is torch._C._VariableFunctions.embedding_renorm_:
-        yield from node.all_input_nodes[:1]
-    out = node.kwargs.get("out")
-    yield from (leaf for leaf in tree_leaves(out) if isinstance(leaf, Node))
-    if _is_inplace(node):
-        yield from node.all_input_nodes[:1]
+    written = [node.kwargs.get("out")]
+    if by_name or node.target in WRITING_OPERATORS or _is_inplace(node):
+        written.append(node.args[0] if node.args else node.all_input_nodes)
+    yield from (leaf for leaf in tree_leaves(written) if isinstance(leaf, Node))
 
 
 def _is_inplace(node: Node) -> bool:

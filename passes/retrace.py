@@ -26,14 +26,23 @@ from .graphs import graph_module
 
 # What a node of Dynamo's graph hands on to those that it becomes.
 _HANDED_ON = ("nn_module_stack", "stack_trace", "source_fn_stack")
-_WRITING_OPERATORS = (
+WRITING_OPERATORS = (
     operator.setitem,
+    operator.delitem,
     operator.iadd,
     operator.isub,
     operator.imul,
+    operator.imatmul,
     operator.itruediv,
+    operator.ifloordiv,
+    operator.imod,
+    operator.ipow,
     operator.iand,
     operator.ior,
+    operator.ixor,
+    operator.ilshift,
+    operator.irshift,
+    operator.iconcat,
 )
 
 
@@ -157,13 +166,13 @@ def _written(gm: fx.GraphModule) -> dict[Node, _Group]:
     last: dict[int, Node] = {}  # write, by storage
     for node in position:
         by_name = node.op == "call_method" and node.target.endswith("_") and not node.target.endswith("__")
-        if by_name or node.target in _WRITING_OPERATORS:
-            last.update(dict.fromkeys(_storages(node.args[0]), node))
+        if by_name or node.target in WRITING_OPERATORS:
+            last.update(dict.fromkeys(storages(node.args[0]), node))
     if not last:
         return {}
     members: dict[int, list[Node]] = {}
     for node in position:
-        for storage in last.keys() & _storages(node):
+        for storage in last.keys() & storages(node):
             members.setdefault(storage, []).append(node)
     found: dict[Node, _Group] = {}
     for storage, write in last.items():
@@ -180,7 +189,7 @@ def _written(gm: fx.GraphModule) -> dict[Node, _Group]:
     return found
 
 
-def _storages(node: Any) -> set[int]:
+def storages(node: Any) -> set[int]:
     """Of the memory that a node's value lies in."""
     value = node.meta.get("example_value") if isinstance(node, Node) else None
     return {leaf.untyped_storage()._cdata for leaf in tree_leaves(value) if isinstance(leaf, FakeTensor)}
