@@ -10,6 +10,7 @@ from chipmunk_compile.passes.mlp_sites import find_mlps
 from tests.capture import capture
 from tests.record import record
 from tests.toy_dit import Loop, toy
+from tests.weights import write_weights
 
 aten, chipmunk = torch.ops.aten, torch.ops.chipmunk
 
@@ -20,12 +21,6 @@ def prepare(kept=(17, 51), chunks=(32, 32, 4), **kwargs):
         gm = rewrite(gm)
     sites = find_attention(gm, min_tokens=8)[0] + find_mlps(gm, min_tokens=8)[0]
     return gm, [Treatment(site, kept[site.kind == "mlp"], 4, chunks) for site in sites]
-
-
-def write_weights(gm, treatments, inputs, state):
-    program, read = weights_program(gm, treatments)
-    weights = [tensor for tensor, spec in zip(state, lift_state(treatments)) if spec.scope == "weights"]
-    program(*(value if i in read else None for i, value in enumerate(inputs)), *weights)
 
 
 def count(gm, *targets):
