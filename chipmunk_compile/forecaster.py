@@ -49,6 +49,8 @@ class Forecaster:
             asked = self.as_one.forecasts or self.as_one.forecast.residual > 0
             return self.as_one if asked and self._computes else None
         is_piece = self._parts is not None and self.as_piece.forecasts and root.is_of_pieces
+        if is_piece and root.prediction is not None:  # what pieces hand on stands for nothing of the kind
+            return self._cannot_weigh()
         return self.as_piece if is_piece else None
 
     def _cannot_weigh(self) -> None:
@@ -120,6 +122,7 @@ class Forecaster:
         """The outputs of a computed step, remembered: those of pieces as long as the memory budget has room."""
         if way is self.as_one:
             return self._keep_as_one(history, root, tick, computed, args)
+        root.look_among(computed)
         moving = history.keep(tick.time, self._parts.moving(computed), tick.span)
         outputs, budget = self._parts.with_moving(moving, computed), way.memory_budget
         if budget is not None:

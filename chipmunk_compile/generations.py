@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+from torch.utils._pytree import tree_leaves
 
 from .clock import Clock, InferredClock
 from .counting import CountedClock
@@ -97,4 +98,5 @@ class generation:
         if not torch.compiler.is_compiling():
             (root,) = self._roots
             with root.lock:
+                root.look_among(tree_leaves(output))
                 root.end_forward()

@@ -8,9 +8,9 @@ import sys
 import threading
 import weakref
 from collections import Counter, deque
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -22,7 +22,7 @@ from .counting import CountedClock
 from .evidence import Inputs, Reader, Times
 from .judge import Arriving
 from .passes.reasons import Reason
-from .prediction import NEAR, NoisePrediction, distance
+from .prediction import NEAR, NoisePrediction, distance, is_noise_of
 from .schedule import Program
 from .state import Owner
 
@@ -178,6 +178,17 @@ class Root:
         """A model's output at the first step of a generation: does it predict the noise in its latents?"""
         if self.prediction is None:
             self._distance = Arriving(distance(output, latents))
+
+    def look_among(self, outputs: Iterable[Any]) -> None:
+        """The same where the model runs in pieces: any of what they return may be its output."""
+        forward = self.forward
+        if self.prediction is not None or forward is None or forward.tick.step or forward.tick.stream.last is None:
+            return
+        inputs = [reference() for reference in forward.tick.stream.last.objects]
+        for output in outputs:
+            latents = next((known for known in inputs if is_noise_of(output, known)), None)
+            if latents is not None:
+                self.look_at(output, latents)
 
     def course(self, times: Times, first: Times) -> tuple[float, float] | None:
         """As `Clock.course`: by the share of noise, where that is what the model predicts. Not at the first step at

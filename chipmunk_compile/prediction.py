@@ -23,6 +23,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
@@ -40,6 +41,13 @@ def distance(output: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
     """[1]: how far the output is from the latents, as a share of those."""
     noise, latents = (tensor.float() for tensor in _channels_of_both(output, latents))
     return ((noise - latents).norm() / latents.norm().clamp_min(1e-30)).view(1)
+
+
+def is_noise_of(output: Any, latents: Any) -> bool:
+    """Whether an output could be the noise in these latents, by its shape: a learned variance may follow it."""
+    if not all(isinstance(t, torch.Tensor) and t.is_floating_point() and t.dim() >= 3 for t in (output, latents)):
+        return False
+    return output.shape == latents.shape or output.shape == (len(latents), 2 * latents.shape[1], *latents.shape[2:])
 
 
 class NoisePrediction:

@@ -55,8 +55,8 @@ class Reason(enum.Enum):
     # One call.
     NO_CLOCK = "no evidence of step and stream: no timestep input, no generation(), no steps option"
     UNKNOWN_NOISE = (
-        "the model predicts noise, and how much of its latents is noise at a step is not known (steps are counted, or "
-        "several inputs could be the latents)"
+        "the model predicts noise, and how much of its latents is noise at a step is not known (steps are counted, "
+        "several inputs could be the latents, or the model runs in pieces)"
     )
     FEW_STEPS = "the generation has so few steps that all of them would be computed in full"
     DISABLED = "inside chipmunk_compile.disabled()"

@@ -144,6 +144,20 @@ def test_counted_steps_say_nothing_of_the_noise(steps, caplog):
     assert caplog.text.count("none is forecast") == 1
 
 
+def test_block_by_block_such_a_model_is_recognised_and_not_forecast(caplog):
+    make, betas, steps = SAMPLERS["DDIM, as DiT has it"]
+    plain, model = Noise(betas), Noise(betas)
+    prompt = plain.conditioning.encoder_hidden_states
+    for block in [*model.model.transformer_blocks, *model.model.single_transformer_blocks]:
+        block.compile(backend=chipmunk, options={"preset": "balanced", "min_tokens": 64})
+    with chipmunk_compile.generation(model):
+        ours = picture(model, make(**betas), steps, prompt)
+    counts = chipmunk_compile.counters()
+    assert counts["forecast"] == 0 and counts["delta"] > 0
+    assert "runs in pieces" in caplog.text
+    assert psnr(ours, picture(plain, make(**betas), steps, prompt)) > 10
+
+
 def test_the_formulas_undo_each_other():
     masked, learned = torch.randn(2, 6, 5, 5), torch.randn(2, 8, 5, 5)  # a mask behind one, a variance behind the other
     for latents, output in ((masked[:, :4], learned), (masked, learned[:, :4]), (masked, learned[:, :6])):
