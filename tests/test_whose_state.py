@@ -25,12 +25,12 @@ class Writers:
         self._here, self._last, self.foreign, self.deltas = threading.local(), {}, 0, 0
         run = Programs.run
 
-        def watched(programs, program, args, state=None):
+        def watched(programs, program, args, state=None, begins=True):
             if state is not None:
                 self.foreign += program is Program.DELTA and self._last[id(state)] != self._here.name
                 self.deltas += program is Program.DELTA
                 self._last[id(state)] = self._here.name
-            return run(programs, program, args, state)
+            return run(programs, program, args, state, begins)
 
         monkeypatch.setattr(Programs, "run", watched)
 
