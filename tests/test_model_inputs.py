@@ -64,8 +64,8 @@ def test_a_controlnet_is_a_transformer_too():
 
 @pytest.mark.parametrize("how", ["left out", "zero"])
 def test_a_controlnet_that_ends_half_way(how):
-    """Residuals left out are another graph, which begins with a refresh; residuals that are zero all at once are no step
-    to be built on."""
+    """Residuals left out are another graph, which begins with a refresh; where they are zero all at once, nothing is
+    built on the step before."""
     model, kwargs = flux_with_residuals(layers=1, single=1)
 
     def inputs():  # one by one, so that no tensor outlives its step
