@@ -73,7 +73,8 @@ class Bench:
             found: dict[str, list[dict]] = {name: [] for name in rows}
             for at in depths:
                 self._depth(subject, at, settings, missing, rows, common, found, last=at is depths[-1])
-        if not all("at_sparsity_0" in row.get("error", {}) for row in rows.values()) and self.wants("exact"):
+        known = all("at_sparsity_0" in row.get("error", {}) for row in rows.values())
+        if not known and self.wants("exact"):
             error = exactness(subject, settings["table"], common["sdpa"], self.device, self.dtype)
             for row in rows.values():
                 row["error"] = {**row.get("error", {}), **error}
@@ -81,7 +82,7 @@ class Bench:
 
     def _depth(self, subject, at: Subject, settings, missing, rows, common, found, last: bool) -> None:
         """Measures one depth; the last one completes the rows."""
-        with Depth(at, common["sdpa"], self.device, self.dtype, self.options.mode) as depth:
+        with Depth(at, common["sdpa"], self.device, self.dtype, self.options.mode, self.options.once) as depth:
             dense: dict = {}
             if not (subject.whole and "dense_ms" in common) and self.wants("dense"):
                 dense = depth.dense(brief=not last)
@@ -153,6 +154,8 @@ def main() -> int:
         "--set", nargs="+", type=_setting, default=[], metavar="OPTION=JSON", help="attention.chunk=128"
     )
     parser.add_argument("--budget", type=float, default=float("inf"), metavar="SECONDS", help="then start no new part")
+    parser.add_argument("--once", action="store_true", help="one generation's first steps: for what takes minutes")
+    parser.add_argument("--card", type=float, metavar="GB", help="take no more of the device's memory than a card has")
     parser.add_argument("--again", action="store_true", help="measure rows that are there already")
     parser.add_argument("--tiny", action="store_true", help="narrow, a few layers and tokens, on the CPU")
     parser.add_argument("--output", type=Path, help="the JSON file")
@@ -171,6 +174,9 @@ def main() -> int:
         path.parent.mkdir(exist_ok=True)
     else:
         head, path = provenance(*SOURCES), options.output or default_path("models")
+    if options.card:
+        whole = torch.cuda.get_device_properties(0).total_memory
+        torch.cuda.set_per_process_memory_fraction(1e9 * options.card / whole)
     bench = Bench(options, Results(path, head, options.again, report.KEY))
     with torch.no_grad():
         for name in options.only:

@@ -25,8 +25,10 @@ STEPS_PLAIN, STEPS_FORECAST = 5, 9
 class Depth:
     """One model of so many layers on the device, with the dense model compiled beside ours: they share the weights."""
 
-    def __init__(self, subject: Subject, sdpa: str | None, device, dtype, mode: str | None) -> None:
+    def __init__(self, subject: Subject, sdpa: str | None, device, dtype, mode: str | None, once: bool = False) -> None:
+        """once: one generation is all that runs, and of it the steps that compile are left out."""
         self.subject, self.sdpa, self.device, self.dtype, self.mode = subject, sdpa, device, dtype, mode
+        self.once = once
         self._dense = None
 
     def __enter__(self) -> Depth:
@@ -57,6 +59,8 @@ class Depth:
         log.info("dense: first step in %.1f s, caches %s", first, caches)
         self._reset_peak()
         ready = timing.run_step(self.call_dense, loop.step(1), self.device)[0].ms
+        if self.once:
+            return {"dense_ms": ready, "dense_peak_bytes": self._peak(), "dense_cold_start_s": first - ready / 1e3}
         count = _enough(3 * ready)
         ms = timing.medians(self._generations(self.call_dense, 3, count))["dense"]
         found = {"dense_ms": ms}
@@ -83,18 +87,22 @@ class Depth:
             with timing.fastest_sdpa(self.sdpa):
                 return ours(**inputs)
 
-        first, ready_s = self._first_generation(compiled, steps)
         self._reset_peak()
-        timed = self._generations(compiled, steps, _enough(1e3 * ready_s * steps))
+        first, timed, output, held = self._first_generation(compiled, steps)
+        if not self.once:
+            self._reset_peak()
+            timed = self._generations(compiled, steps, _enough(timed[-1].ms * steps))
         ms = timing.medians(timed)
         counted = dict(Counter(step.program for step in timed))
         log.info("ours: %s ms, medians of %s", {k: round(v, 2) for k, v in ms.items()}, counted)
         found = {f"{program}_ms": value for program, value in ms.items()}
         if not brief:
-            counted = chipmunk_compile.counters()
-            found |= {"peak_bytes": self._peak(), **{k: counted[k] for k in ("state_bytes", "host_state_bytes")}}
+            found |= {"peak_bytes": self._peak(), **held}
             found["cold_start_s"] = first - sum(ms.get(name, 0.0) for name in ("refresh", "delta")) / 1e3
-            found |= self._look(compiled, steps, ms)
+            if self.once:
+                found["error"] = self._error(output, Loop(self.subject, self.device, self.dtype, seed=100), steps)
+            else:
+                found |= self._look(compiled, steps, ms)
             if self._loops:
                 seconds, ran = self.loop(compiled)
                 found["loop_really_run"] = {"seconds": seconds, "steps": dict(ran)}
@@ -110,18 +118,23 @@ class Depth:
     def _generations(self, call, steps: int, count: int) -> list[timing.Step]:
         return timing.generations(call, self.subject, self.device, self.dtype, steps=steps, count=count)
 
-    def _first_generation(self, compiled, steps: int) -> tuple[float, float]:
-        """Seconds of the first refresh and the first delta step, which compile, and of the last step."""
-        loop, seen = Loop(self.subject, self.device, self.dtype, seed=100), {}
+    def _first_generation(self, compiled, steps: int) -> tuple[float, list[timing.Step], torch.Tensor, dict]:
+        """Seconds of the first refresh and the first delta step, which compile; the other steps; the last output; the
+        bytes that its state took."""
+        loop, seen, others = Loop(self.subject, self.device, self.dtype, seed=100), {}, []
         for k in range(steps):
             start = time.perf_counter()
-            _, program, _, _ = timing.run_step(compiled, loop.step(k), self.device)
+            timer, program, host_ms, output = timing.run_step(compiled, loop.step(k), self.device)
             timing.synchronize(self.device)
             took = time.perf_counter() - start
             if program not in seen:
                 log.info("ours: the first %s step in %.1f s", program, took)
                 seen[program] = took
-        return seen.get("refresh", 0.0) + seen.get("delta", 0.0), took
+            else:
+                others.append(timing.Step(program, timer.ms, host_ms))
+        counted = chipmunk_compile.counters()
+        held = {name: counted[name] for name in ("state_bytes", "host_state_bytes")}
+        return seen.get("refresh", 0.0) + seen.get("delta", 0.0), others, output, held
 
     def _look(self, compiled, steps: int, ms: dict) -> dict:
         """One generation more, its queue empty before each step: the host's time, what the last delta step differs in
@@ -131,21 +144,28 @@ class Depth:
             _, program, host_ms, output = timing.run_step(compiled, loop.step(k), self.device, idle=True)
             host.append(timing.Step(program, 0.0, host_ms))
         assert program == "delta", program
-        output = output.float()
-        reference = self.call_dense if self._dense is not None else self.model
-        dense = reference(**loop.step(steps - 1)[0])[0].float()
-        before = reference(**loop.step(1)[0])[0].float()
-        error = {
-            "delta_to_dense": relative(output, dense), "last_refresh_to_dense": relative(before, dense),
-            "dense_by": "eager" if self._dense is None else "Inductor", "age": steps - 2,
-        }  # fmt: skip
+        error = self._error(output, loop, steps)
         counted = chipmunk_compile.counters()["delta"]
         parts = timing.profile(lambda: self._run(compiled, loop.step(steps)), self.device, self.subject.hidden)
         assert not parts or chipmunk_compile.counters()["delta"] == counted + self.subject.calls
         first = parts.pop("until_first_launch", None)
+        again = Loop(self.subject, self.device, self.dtype, seed=51)
+        refresh = timing.profile(lambda: self._run(compiled, again.step(0)), self.device, self.subject.hidden)
+        refresh.pop("until_first_launch", None)
         return {
             "host_ms": timing.medians(host, "host_ms"), "until_first_launch_ms": first, "error": error,
-            "parts_ms": _with_gaps(parts, ms["delta"]),
+            "parts_ms": _with_gaps(parts, ms["delta"]), "refresh_parts_ms": _with_gaps(refresh, ms["refresh"]),
+        }  # fmt: skip
+
+    def _error(self, output: torch.Tensor, loop: Loop, steps: int) -> dict:
+        """Of the last of `steps` steps, a delta step: how far its output lies from a dense one's."""
+        output = output.float()
+        reference = self.call_dense if self._dense is not None else self.model
+        dense = reference(**loop.step(steps - 1)[0])[0].float()
+        before = reference(**loop.step(1)[0])[0].float()
+        return {
+            "delta_to_dense": relative(output, dense), "last_refresh_to_dense": relative(before, dense),
+            "dense_by": "eager" if self._dense is None else "Inductor", "age": steps - 2,
         }  # fmt: skip
 
     def loop(self, call) -> tuple[float, Counter]:

@@ -1,12 +1,16 @@
 """Host memory for state: taken when a stream is laid out, locked when it is first written, kept for the next stream.
 
-Locking pages takes time, so a buffer that a generation gave back waits for the next one. What waits is freed by
-`reset()`, and when a size is asked for that nothing waits for: another resolution then, or another model.
+Getting pages from the system takes most of the time that locking them does, so a thread begins with that at once,
+while the device computes the first refresh. Buffers that a generation gave back wait for the next one. What waits is
+freed by `reset()`, and when a size is asked for that nothing waits for: another resolution then, or another model.
 """
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import math
+import sys
 import threading
 from collections import defaultdict, deque
 from collections.abc import Sequence
@@ -17,6 +21,7 @@ import torch
 from .kernels.transfer import PAGE, unpin
 from .passes.lower import StateTensor
 
+_MADV_POPULATE_WRITE = 23  # madvise(2), Linux 5.14: takes pages as if they were written to, and leaves what they hold
 _lock = threading.Lock()
 _waiting: dict[int, list[torch.Tensor]] = defaultdict(list)  # by bytes; uint8, on pages of their own
 # Given back and not yet sorted in: state dies whenever the garbage collector runs, maybe while the lock is held.
@@ -29,6 +34,21 @@ def take(specs: Sequence[StateTensor]) -> tuple[list[torch.Tensor], list[torch.T
     with torch.inference_mode(False):
         tensors = [b.view(spec.dtype).as_strided(spec.shape, spec.stride) for spec, b in zip(specs, buffers)]
     return tensors, buffers
+
+
+def get_pages(buffers: Sequence[torch.Tensor]) -> None:
+    """Begins to, beside what computes; who touches a page before that gets it then. What buffers hold stays."""
+    if buffers and sys.platform == "linux":
+        threading.Thread(target=_populate, args=(buffers,), name="chipmunk host memory", daemon=True).start()
+
+
+def _populate(buffers: Sequence[torch.Tensor]) -> None:
+    # An older system knows no such advice, and a full one has no page to give: locking says so later.
+    with contextlib.suppress(OSError, AttributeError):
+        advise = ctypes.CDLL(None).madvise
+        advise.argtypes = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int
+        for buffer in buffers:
+            advise(buffer.data_ptr(), buffer.nbytes, _MADV_POPULATE_WRITE)
 
 
 def give_back(buffers: Sequence[torch.Tensor]) -> None:

@@ -99,6 +99,7 @@ class Offload:
                 tensors, taken = host_memory.take(caches)
                 homes |= zip((spec.name for spec in caches), tensors)
                 buffers += taken
+        host_memory.get_pages(buffers)
         state = allocate(specs, fits, borrowed)
         placed = dict(zip((spec.name for spec in specs), state.tensors)) | homes
         for number in self._plan.movable:

@@ -1,6 +1,9 @@
 """Host memory for state: on pages of its own, used again, and given back when another size is asked for."""
 
 import math
+import os
+import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -45,6 +48,24 @@ def test_what_is_given_back_serves_the_next_of_its_size():
     assert host_memory.waiting_bytes() == sum(buffer.nbytes for buffer in first)
     _, second = host_memory.take([spec(5000), spec(5000)])
     assert {buffer.data_ptr() for buffer in second} == addresses and host_memory.waiting_bytes() == 0
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="asks Linux")
+def test_pages_are_there_before_they_are_touched_and_keep_what_they_hold():
+    tensors, buffers = host_memory.take([spec(8 * 2**20)])
+    tensors[0][:5] = 3
+    before = _resident()
+    host_memory.get_pages(buffers)
+    for thread in threading.enumerate():
+        if thread.name == "chipmunk host memory":
+            thread.join()
+    got = _resident() - before
+    assert got > 12 * 2**20 or got < 2**20, "an old system gives none"
+    assert tensors[0][:5].tolist() == [3] * 5
+
+
+def _resident() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
 def test_another_size_frees_what_waits():
