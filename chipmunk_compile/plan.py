@@ -281,7 +281,7 @@ def _classify(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Inputs:
         value = example_inputs[i]
         if isinstance(value, torch.nn.Parameter):
             parameters.append(i)
-        elif isinstance(value, torch.Tensor) and not _is_held_by_module(node):
+        elif isinstance(value, torch.Tensor) and not is_held_by_module(node):
             user.append(i)
     return Inputs(tuple(parameters), tuple(user))
 
@@ -295,7 +295,7 @@ def _with_timesteps(inputs: Inputs, canonical: fx.GraphModule, example_inputs: S
     return Inputs(inputs.parameters, tuple(user), tuple(timesteps), frozenset(latents if alone else ()))
 
 
-def _is_held_by_module(node: fx.Node) -> bool:
+def is_held_by_module(node: fx.Node) -> bool:
     if node.meta.get("tensor_dict", {}).get("_dynamo_static_input_type"):
         return True
     guard_source = getattr(getattr(node, "_dynamo_source", None), "guard_source", None)

@@ -24,8 +24,9 @@ from .passes.graphs import copy_graph
 from .passes.key_masks import mask_inputs
 from .passes.lower import StateTensor, kept_state, lift_state, lower, weights_program
 from .passes.offload import offload, offload_state
-from .plan import Plan
+from .plan import Plan, is_held_by_module
 from .repeated import MOVING, repeated, state_moves
+from .replay import Lane, Replayed, refusal
 from .schedule import Program
 from .state import State
 
@@ -146,20 +147,35 @@ class Programs:
 def compile_graph(graph: fx.GraphModule, args: list, config: Config) -> Callable:
     """Inductor on one graph (which it takes over), outside Dynamo, for the shapes of `args`.
 
-    Where layers repeat, each distinct one is compiled once, in the first call (`repeated`). Inductor's caches on disk
-    serve a second process. They want a shape environment; none of its sizes is a symbol.
+    Where layers repeat, each distinct one is compiled once, in the first call (`repeated`). CUDA graphs are recorded
+    of the whole (`replay`), where Inductor would keep one of each piece, and all that passes between them. Inductor's
+    caches on disk serve a second process. They want a shape environment; none of its sizes is a symbol.
     """
     telemetry.count("compiles")
-    compile = functools.partial(_inductor, config=config)
-    # Of CUDA graphs one is to hold the whole program: one for each piece would keep all that passes between them.
-    pieces = repeated(graph, compile) if not config.replays_cuda_graphs else None
-    return pieces or compile(graph, args)
+    options, static, why = config.inductor_options(), None, None
+    compile = functools.partial(_inductor, options=options)
+    if config.replays_cuda_graphs:
+        options["triton.cudagraphs"] = False
+        static = [keeps_its_address(node) for node in graph.graph.nodes if node.op == "placeholder"]
+        why = refusal(graph, static, args)
+    program = repeated(graph, compile) or compile(graph, args)
+    if why is not None:
+        log.info("no CUDA graph: %s", why)
+    return Replayed(program, static, Lane.of(args[0].device)) if static is not None and why is None else program
 
 
-def _inductor(graph: fx.GraphModule, args: list, config: Config) -> Callable:
+def keeps_its_address(node: fx.Node) -> bool:
+    """Whether an input is a weight, or state."""
+    return "lifted" in node.meta or is_held_by_module(node)
+
+
+def _inductor(graph: fx.GraphModule, args: list, options: dict) -> Callable:
     from torch._inductor.compile_fx import compile_fx
     from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
+    for node in graph.graph.nodes:
+        if node.op == "placeholder":  # inputs are what the arguments are: cpp_wrapper would take the notes on them
+            node.meta.pop("val", None)
     fake_mode = torch._subclasses.FakeTensorMode(shape_env=ShapeEnv())
     caches = torch.compiler.config
     with (
@@ -167,7 +183,7 @@ def _inductor(graph: fx.GraphModule, args: list, config: Config) -> Callable:
         caches.patch(cache_key_tag=f"{caches.cache_key_tag} chipmunk {_digest_of_ops()}"),
     ):
         inputs = _examples(graph, args, fake_mode)
-        return compile_fx(graph, inputs, config_patches=config.inductor_options(), ignore_shape_env=True)
+        return compile_fx(graph, inputs, config_patches=options, ignore_shape_env=True)
 
 
 def _examples(graph: fx.GraphModule, args: list, fake_mode) -> list:

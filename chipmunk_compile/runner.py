@@ -329,8 +329,7 @@ class Runner(Called):
             corrects = self._corrects(history, tick)
             outputs = self._run_program(program, programs, state, args)
             return history.correct(tick.time, outputs) if corrects else outputs
-        # Copied: the refresh may write where the delta's outputs lie (CUDA graphs).
-        delta = [o.clone() for o in self._run_program(Program.DELTA, programs, state, args)] if beside else None
+        delta = self._run_program(Program.DELTA, programs, state, args) if beside else None
         outputs = self._run_program(program, programs, state, args)
         if delta is not None:
             history.learn(tick.time, outputs, delta)

@@ -207,6 +207,13 @@ def test_generation_says_where_one_starts_and_frees_it():
         chipmunk_compile.generation(model, steps=0)
 
 
+def test_inductors_cpp_wrapper():
+    model, loop = toy(), Loop()
+    compiled, _ = compile_toy(model, **EXACT, inductor={"cpp_wrapper": True})
+    assert worst(loop.run(compiled), loop.run(model)) < 1e-5
+    assert calls("refresh", "delta") == (3, 3)
+
+
 def test_gradients_are_left_to_inductor_with_one_warning(caplog, monkeypatch):
     monkeypatch.setattr(backend, "_warned_of_training", False)
     model = toy().requires_grad_(True)

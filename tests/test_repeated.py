@@ -115,14 +115,6 @@ def test_state_of_one_mode_is_of_use_in_the_other(inference):
     assert worst(run(loop, compile_toy(toy(layers=6), **SPARSE)[0]), expected) < 1e-5
 
 
-def test_cuda_graphs_get_the_whole(monkeypatch):
-    asked = []
-    monkeypatch.setattr(programs, "_inductor", lambda graph, args, config: asked.append(graph) or graph)
-    gm, inputs = graph_of(Layers((32,) * 6), torch.randn(3, 16))
-    assert compile_graph(gm, inputs, Config.from_options({}, mode="reduce-overhead")) is gm and asked == [gm]
-    assert isinstance(compile_graph(gm, inputs, Config.from_options({})), Repeated)
-
-
 # --- runs ---------------------------------------------------------------------------------------------------
 
 
@@ -196,7 +188,7 @@ def test_what_is_read_is_freed():
 def test_inductors_callable_takes_a_list_and_empties_it():
     gm, inputs = graph_of(Layers((32,) * 6), torch.randn(3, 16))
     with torch.no_grad():
-        boxed = repeated._boxed(programs._inductor(gm, inputs, Config()))
+        boxed = repeated._boxed(programs._inductor(gm, inputs, {}))
         values = list(inputs)
         boxed(values)
     assert values == []
