@@ -325,7 +325,7 @@ class Owners:
         parameters = [args[i] for i in self._positions]
         key = tuple(map(id, parameters))
         owner = self._known.get(key)
-        if owner is not None and owner.is_of(parameters):
+        if owner is not None and owner.alive:
             self._strangers = 0
             return owner
         alive = {k: o for k, o in self._known.items() if o.alive}

@@ -128,9 +128,12 @@ class Programs:
             self._tables = [tensor.empty() for tensor in self.scope("table")]
         if state.ring is not None:
             state.ring.follow()
+        if state.lifted is not None:
+            return state.lifted
         scopes = {"table": iter(self._tables), "weights": iter(state.weights.tensors), "stream": iter(state.tensors)}
         scopes["home"] = iter(state.homes)
-        return [*self._orders, *(next(scopes[tensor.scope]) for tensor in self.state)]
+        state.lifted = [*self._orders, *(next(scopes[tensor.scope]) for tensor in self.state)]
+        return state.lifted
 
     def _compile(self, program: Program, masks_hold: bool, args: list) -> Callable:
         if program is not Program.DENSE and self.state[0].device.type == "cpu":

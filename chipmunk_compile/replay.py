@@ -18,6 +18,7 @@ import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import compress
 from typing import Any
 
 import torch
@@ -96,7 +97,7 @@ class Replayed:
     def __init__(self, program: Callable, static: Sequence[bool], lane: Lane) -> None:
         """static: as for `refusal`, which had nothing to say."""
         self._program, self._lane = program, lane
-        self._static = [position for position, is_static in enumerate(static) if is_static]
+        self._static = tuple(static)
         self._copied = [position for position, is_static in enumerate(static) if not is_static]
         self._recordings: OrderedDict[tuple[int, ...], _Recording] = OrderedDict()
         self._ran = False
@@ -124,7 +125,7 @@ class Replayed:
     def _recording(self, args: Sequence) -> _Recording | None:
         if self._wasted > WASTED:
             return None
-        addresses = tuple([args[position].data_ptr() for position in self._static])
+        addresses = tuple(map(torch.Tensor.data_ptr, compress(args, self._static)))
         recording = self._recordings.get(addresses)
         if recording is not None:
             self._recordings.move_to_end(addresses)

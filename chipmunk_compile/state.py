@@ -30,6 +30,7 @@ class State:
     # Where a site's caches lie between uses, for those that may move: in host memory, or as they are in `tensors`.
     homes: list[torch.Tensor] = field(default_factory=list)
     ring: Any = None  # what `tensors` of sites in host memory are part of (`offloading.Ring`)
+    lifted: list[torch.Tensor] | None = None  # all that its programs take behind a graph's own inputs
     alone: tuple[list, list] | None = None  # (caches, homes) of the graph's only site that may move, if it has moved
     follower: weakref.ref[State] | None = None  # of the block that was called next in its first forward
     bytes: int = 0  # on the device, its own
@@ -58,14 +59,13 @@ class Owner:
         self.root, self.clock = root, clock
         self.misjudged = 0  # steps that were run early, and were others
         self._weights: weakref.ref[State] | None = None
-        self._references = [weakref.ref(p) for p in parameters]
-
-    def is_of(self, parameters: Sequence[torch.Tensor]) -> bool:
-        return all(r() is p for r, p in zip(self._references, parameters))
+        self._gone: list[weakref.ref] = []
+        self._references = [weakref.ref(p, self._gone.append) for p in parameters]
 
     @property
     def alive(self) -> bool:
-        return all(r() is not None for r in self._references)
+        """Whether all parameters are there: then no other object has the identity of one."""
+        return not self._gone
 
     def weights(self, specs: Sequence[StateTensor]) -> State:
         """What is derived from weights, as the streams alive share it."""
