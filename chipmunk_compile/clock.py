@@ -21,6 +21,7 @@ from dataclasses import dataclass, field
 
 from . import telemetry
 from .evidence import Evidence, Fingerprint, Inputs, Reader, Times
+from .rounding import Unrounded
 
 # A step this many times longer than the one before is no step of the same schedule. Schedules in use stay below 2.
 TIME_LEAP = 4.0
@@ -48,6 +49,8 @@ class Stream:
     step: int = -1
     stride: float = 0.0  # last move of the time that was not zero; its sign is the direction
     first: Times | None = None  # of the first step
+    moment: float = math.nan  # the time of the last step, as it was before it was rounded
+    unrounded: Unrounded = field(default_factory=Unrounded)  # shared by the streams of a generation
     steady: set[int] | None = None  # positions that never changed in this stream
     history: list[dict[int, Fingerprint]] = field(default_factory=list)  # of each step, where content is compared
     settled: bool = False  # the inputs moved by small steps, once at least
@@ -62,7 +65,7 @@ class Stream:
     def restart(self, generation: int) -> None:
         """The stream of the next generation, in the same memory."""
         self.generation, self.last, self.steady, self.history, self.settled = generation, None, None, [], False
-        self.first, self.pace = None, 0.0
+        self.first, self.pace, self.moment = None, 0.0, math.nan
         self.programs.clear()
         for state in self.states.values():
             state.filled = False
@@ -125,8 +128,11 @@ class Clock:
 
     def _stream(self, spare: dict | None = None) -> Stream:
         telemetry.count("streams")
+        partners = [stream for stream in self.live if stream.generation == self.generation]
         stream = Stream(self.generation, states=spare or {})
         stream.restart(self.generation)
+        if partners:
+            stream.unrounded = partners[0].unrounded
         self.live.append(stream)
         return stream
 
@@ -188,11 +194,14 @@ class InferredClock(Clock):
         repeats |= stream is not None and stream.last is not None and _is_same_call(stream.last, evidence)
         if stream is None or not self._continues(stream, evidence, changed, leaped):
             stream = self._begin(stream, evidence)
+            before, stream.moment = math.nan, self._moment(stream, evidence)
         else:
+            before = stream.moment
+            stream.moment = self._moment(stream, evidence) if changed and not repeats else before
             # A first step repeated may be a generation begun again, and what was just learned may not be all.
             repeated = stream.step == 0 and evidence.time == stream.time
             leaped = self._latents_leaped(evidence, changed == leaped == 1) or self._time_leaped(stream, evidence)
-            sound = not (self._jumped(stream, evidence, largest) or leaped or repeated)
+            sound = not (self._jumped(stream, before, largest) or leaped or repeated)
             fresh = learned or not sound
         if stream.last is not None and evidence.time != stream.time:
             if stream.stride:
@@ -207,7 +216,7 @@ class InferredClock(Clock):
         self.live.sort(key=lambda s: s is stream)  # the one called last comes last
         usual = max(self._lengths) if len(self._lengths) == SHORT_IN_A_ROW else None
         course = self.course(evidence.times, stream.first) if self.course is not None else None
-        time, span = course or (evidence.time, evidence.way_since(stream.first))
+        time, span = course or (stream.moment, evidence.way_since(stream.first))
         self.now = Tick(stream, stream.step, fresh, time, repeats, usual, span, learned and sound)
         return self.now
 
@@ -302,14 +311,21 @@ class InferredClock(Clock):
     def _time_leaped(self, stream: Stream, evidence: Evidence) -> bool:
         return bool(stream.stride) and abs(evidence.time - stream.time) > TIME_LEAP * abs(stream.stride)
 
-    def _jumped(self, stream: Stream, evidence: Evidence, largest: float) -> bool:
+    def _moment(self, stream: Stream, evidence: Evidence) -> float:
+        """The time of a stream's next step, as it was before it was rounded."""
+        latest = self.live[-1]
+        if latest.step > stream.step and latest.unrounded is stream.unrounded and latest.time == evidence.time:
+            return latest.moment  # a partner in guidance was there already
+        return stream.unrounded.follow(evidence.times, stream.first or evidence.times)
+
+    def _jumped(self, stream: Stream, before: float, largest: float) -> bool:
         """Whether what varies moved much faster than in the step before: a callback edits latents, perhaps.
 
-        largest: the largest change of an input, as a share of it.
+        before: the moment of that step. largest: the largest change of an input, as a share of it.
         """
-        way = abs(evidence.time - stream.time)
-        before, stream.pace = stream.pace, largest / way if way else 0.0
-        return bool(before) and stream.pace > JUMP * before
+        way = abs(stream.moment - before)
+        pace, stream.pace = stream.pace, largest / way if way else 0.0
+        return bool(pace) and stream.pace > JUMP * pace
 
     def _latents_leaped(self, evidence: Evidence, is_another: bool) -> bool:
         """The one input that varies is unrelated to what it was (`is_another`): another noise, though prompt and time
@@ -337,11 +353,13 @@ class InferredClock(Clock):
 
     def _begin(self, restarted: Stream | None, evidence: Evidence) -> Stream:
         """A new stream: of a new generation, or a partner in the one whose first step is being made."""
+        over = False  # this generation, as a stream of it went on and begins again
         if restarted is not None:
             self._length = restarted.step + 1
+            over = restarted.generation == self.generation and restarted.step > 0
             self._retire(restarted)
         partners = [s for s in self.live if s.generation == self.generation]
-        first_step = bool(partners) and all(s.step == 0 for s in partners)
+        first_step = bool(partners) and all(s.step == 0 for s in partners) and not over
         if not (first_step and evidence.time == self._first_time):
             self._next_generation()
             self._first_time = evidence.time

@@ -24,7 +24,7 @@ from .judge import Arriving
 from .passes.reasons import Reason
 from .prediction import NEAR, NoisePrediction, distance, is_noise_of
 from .schedule import Program
-from .state import Owner
+from .state import Owner, Reserve
 
 if TYPE_CHECKING:
     from .generations import generation
@@ -81,7 +81,7 @@ class Root:
         self._running = threading.local()
         self._epoch = 0
         self._recent: deque[Forward] = deque(maxlen=RECENT)  # complete; the last one comes last
-        self.ledger = Ledger()
+        self.ledger, self.reserve = Ledger(), Reserve()
 
     def count(self, config: Config) -> None:
         """Counts calls from now on, where the options say how many there are."""

@@ -13,7 +13,7 @@ from .budget import ALIGN, Footprint, Ledger, footprint, place
 from .kernels import transfer
 from .passes.lower import StateTensor, site_caches
 from .passes.offload import DEPTH
-from .state import State, allocate
+from .state import Reserve, State, allocate
 
 if TYPE_CHECKING:
     from .plan import Plan
@@ -86,7 +86,14 @@ class Offload:
             return None
         return hosted
 
-    def allocate(self, specs: Sequence[StateTensor], fits, hosted: Collection[int], ledger: Ledger) -> State:
+    def allocate(
+        self,
+        specs: Sequence[StateTensor],
+        fits,
+        hosted: Collection[int],
+        ledger: Ledger,
+        reserve: Reserve | None = None,
+    ) -> State:
         """The state of one stream. specs: its tensors, in the order in which programs take them."""
         ring, borrowed, homes, buffers = None, {}, {}, []
         if hosted:
@@ -100,7 +107,7 @@ class Offload:
                 homes |= zip((spec.name for spec in caches), tensors)
                 buffers += taken
         host_memory.get_pages(buffers)
-        state = allocate(specs, fits, borrowed)
+        state = allocate(specs, fits, borrowed, reserve)
         placed = dict(zip((spec.name for spec in specs), state.tensors)) | homes
         for number in self._plan.movable:
             for spec in site_caches(number, self._plan.treatments[number]):

@@ -287,11 +287,12 @@ class Runner(Called):
                 self._said_over_budget = True
                 log.warning("%s (%s bytes): calls stay dense", Reason.OVER_BUDGET.value, self._config.memory_budget)
             return None
-        state = programs.offload.allocate(programs.scope("stream"), fits, hosted, ledger)
+        reserve = owner.root.reserve if self._config.replays_cuda_graphs else None
+        state = programs.offload.allocate(programs.scope("stream"), fits, hosted, ledger, reserve)
         before = [held for held in states.values() if isinstance(held, State)]
         if before:
             before[-1].follower = weakref.ref(state)
-        state.weights = owner.weights(programs.scope("weights"))
+        state.weights = owner.weights(programs.scope("weights"), reserve)
         ledger.add(state.weights, shared=True)
         ledger.streams.add(tick.stream)
         return state

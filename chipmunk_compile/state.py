@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import weakref
+from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
+from . import telemetry
 from .clock import InferredClock
 from .passes.lower import StateTensor
 
@@ -37,17 +39,75 @@ class State:
     host_bytes: int = 0
 
 
+class Reserve:
+    """Memory of states that ended, for the next ones like them: programs recorded as CUDA graphs know it by address.
+
+    Where one of another layout is asked for, another picture size say, what waits is freed.
+    """
+
+    def __init__(self) -> None:
+        self._waiting: dict[str, tuple[tuple, deque[list[torch.Tensor]]]] = {}  # by scope: a layout, and what has it
+        # Given back and not yet sorted in: state dies whenever the garbage collector runs.
+        self._returned: deque[tuple[int, tuple, list[torch.Tensor]]] = deque()
+        self._epoch = 0
+        telemetry.holders.add(self)
+
+    host_state_bytes = 0
+
+    @property
+    def state_bytes(self) -> int:
+        self._sort_in()
+        lists = (tensors for _, waiting in list(self._waiting.values()) for tensors in list(waiting))
+        return sum(tensor.untyped_storage().nbytes() for tensors in lists for tensor in tensors)
+
+    def release(self) -> None:
+        """Frees what waits, and does not keep what is in use now."""
+        self._epoch += 1
+        self._returned.clear()
+        self._waiting.clear()
+
+    def take(self, specs: Sequence[StateTensor]) -> list[torch.Tensor]:
+        self._sort_in()
+        layout, waiting = self._waiting.get(specs[0].scope, ((), deque())) if specs else ((), deque())
+        if waiting and layout == tuple(specs):
+            return waiting.popleft()  # as they came: the blocks of a model end in the order in which they began
+        if specs:
+            self._waiting.pop(specs[0].scope, None)
+        return [spec.empty() for spec in specs]
+
+    def keep(self, state: State, specs: Sequence[StateTensor], tensors: list[torch.Tensor]) -> None:
+        """Takes the tensors back when the state is gone."""
+        weakref.finalize(state, self._returned.append, (self._epoch, tuple(specs), tensors))
+
+    def _sort_in(self) -> None:
+        while self._returned:
+            epoch, layout, tensors = self._returned.popleft()
+            if epoch == self._epoch and layout:
+                known, waiting = self._waiting.setdefault(layout[0].scope, (layout, deque()))
+                if known == layout:
+                    waiting.append(tensors)
+
+
 def allocate(
-    specs: Sequence[StateTensor], fits: Any = None, borrowed: Mapping[str, torch.Tensor] | None = None
+    specs: Sequence[StateTensor],
+    fits: Any = None,
+    borrowed: Mapping[str, torch.Tensor] | None = None,
+    reserve: Reserve | None = None,
 ) -> State:
     """Tensors at addresses that stay; a refresh writes every element before a delta reads one.
 
-    borrowed: by name, tensors that are there already and belong to somebody else.
+    borrowed: by name, tensors that are there already and belong to somebody else. reserve: where memory comes from and
+    goes to; if not given, the device's allocator.
     """
     borrowed = borrowed or {}
-    own = {spec.name: spec.empty() for spec in specs if spec.name not in borrowed}
+    mine = [spec for spec in specs if spec.name not in borrowed]
+    made = reserve.take(mine) if reserve is not None else [spec.empty() for spec in mine]
+    own = dict(zip((spec.name for spec in mine), made))
     tensors = [own[spec.name] if spec.name in own else borrowed[spec.name] for spec in specs]
-    return State(tensors, fits, bytes=sum(t.untyped_storage().nbytes() for t in own.values()))
+    state = State(tensors, fits, bytes=sum(t.untyped_storage().nbytes() for t in made))
+    if reserve is not None:
+        reserve.keep(state, mine, made)
+    return state
 
 
 class Owner:
@@ -67,11 +127,11 @@ class Owner:
         """Whether all parameters are there: then no other object has the identity of one."""
         return not self._gone
 
-    def weights(self, specs: Sequence[StateTensor]) -> State:
+    def weights(self, specs: Sequence[StateTensor], reserve: Reserve | None = None) -> State:
         """What is derived from weights, as the streams alive share it."""
         state = self._weights() if self._weights is not None else None
         if state is None:
-            state = allocate(specs)
+            state = allocate(specs, reserve=reserve)
             self._weights = weakref.ref(state)
         return state
 

@@ -11,8 +11,10 @@ import torch
 import chipmunk_compile
 from chipmunk_compile import programs, replay
 from chipmunk_compile.config import Config
+from chipmunk_compile.passes.lower import StateTensor
 from chipmunk_compile.programs import compile_graph, keeps_its_address
 from chipmunk_compile.replay import MOST, WASTED, Replayed, refusal
+from chipmunk_compile.state import Reserve, allocate
 from tests.test_repeats import SPARSE, Layers, graph_of
 from tests.toy_dit import Loop, compile_toy, toy, worst
 
@@ -281,6 +283,21 @@ def test_two_streams_by_turns(tape):
     assert tape.launched > 6
 
 
+def test_recordings_outlive_generations_whose_prompts_are_dropped(tape):
+    """A pipeline's prompt embeddings die with its call, and with them the stream: its memory waits for the next."""
+    compiled, _ = compile_toy(toy(), mode="reduce-overhead", **SPARSE)
+    for seed in range(4):
+        loop = Loop(steps=7, seed=seed)
+        loop.run(compiled)
+        del loop
+        gc.collect()
+        if seed == 1:
+            before, held = tape.recorded, chipmunk_compile.counters()["state_bytes"]
+    assert tape.recorded == before == 2 and chipmunk_compile.counters()["state_bytes"] == held > 0
+    chipmunk_compile.reset()
+    assert chipmunk_compile.counters()["state_bytes"] == 0
+
+
 def test_a_layer_compiled_once_is_recorded_with_all_others(tape):
     gm, inputs = graph_of(Layers((32,) * 6), torch.randn(3, 16))
     static = [keeps_its_address(node) for node in gm.graph.nodes if node.op == "placeholder"]
@@ -290,4 +307,31 @@ def test_a_layer_compiled_once_is_recorded_with_all_others(tape):
         for _ in range(3):
             torch.testing.assert_close(made(*inputs)[0], gm(*inputs)[0])
     assert isinstance(made, Replayed) and (tape.recorded, tape.launched) == (1, 2)
-    gc.collect()
+
+
+# --- memory that waits ----------------------------------------------------------------------------------------
+
+
+def spec(name: str, size: int, scope: str = "stream") -> StateTensor:
+    return StateTensor(name, scope, (size,), (1,), torch.float32, torch.device("cpu"))
+
+
+def test_memory_serves_the_next_state_like_it_and_no_other():
+    reserve, small, large = Reserve(), [spec("a", 8), spec("b", 4)], [spec("a", 16)]
+    states = [allocate(small, reserve=reserve) for _ in range(2)]
+    weights = allocate([spec("w", 2, "weights")], reserve=reserve)
+    addresses = [[t.data_ptr() for t in state.tensors] for state in states]
+    held = [tensor for state in (*states, weights) for tensor in state.tensors]  # nothing else may lie there
+    assert reserve.state_bytes == 0, "in use"
+    states.clear()
+    del weights
+    assert reserve.state_bytes == 2 * 48 + 8
+    again = [allocate(small, reserve=reserve) for _ in range(2)]
+    assert sorted([t.data_ptr() for t in state.tensors] for state in again) == sorted(addresses)
+    again.clear()
+    other = allocate(large, reserve=reserve)
+    assert reserve.state_bytes == 8, "another layout frees what waits in its scope"
+    reserve.release()
+    del other
+    assert reserve.state_bytes == 0, "and after a release nothing of before waits"
+    assert held
