@@ -57,6 +57,9 @@ def attention_delta(query, *rest) -> torch.Tensor:
     return _path(query.dtype, None).attention_delta(query, *rest)
 
 
+mlp_weights = reference.mlp_weights
+
+
 def mlp_delta(x, *rest) -> torch.Tensor:
     """As reference.mlp_delta."""
     region = rest[-3]

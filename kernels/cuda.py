@@ -48,6 +48,11 @@ def mlp_delta(x, *rest) -> torch.Tensor:
     return _kernels("cuda_mlp", x).mlp_delta(x, *rest)
 
 
+def mlp_weights(weight, *rest) -> None:
+    """As reference.mlp_weights."""
+    _kernels("cuda_mlp", weight).mlp_weights(weight, *rest)
+
+
 def _attention(query: torch.Tensor) -> ModuleType:
     if query.shape[3] > MOST_HEAD_DIM:
         return _meaning(f"attention of head dimension {query.shape[3]}; the kernels take {MOST_HEAD_DIM}")

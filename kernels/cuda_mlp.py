@@ -45,6 +45,16 @@ def mlp_delta(
     return out
 
 
+def mlp_weights(weight: torch.Tensor, down_t: torch.Tensor, down_norm: torch.Tensor) -> None:
+    """As reference.mlp_weights, in one pass: torch's copy of a matrix turned over runs far below the memory's speed."""
+    (features, hidden), tiles = weight.shape, tuning.mlp_weights()
+    weight = with_rows(weight)
+    launch(
+        kernel("mlp_weights"), (-(-hidden // tiles["BF"]),),
+        weight, down_t, down_norm, weight.stride(0), features, hidden, **tiles,
+    )  # fmt: skip
+
+
 def _choose_neurons(x, weights, biases, down_norm, sample_tokens, sample_cache, chosen, region: str) -> None:
     """Fills chosen [rows, kept], and sample_cache at the chosen neurons."""
     (rows, kept), (samples, hidden) = chosen.shape, sample_cache.shape[2:]

@@ -3,6 +3,7 @@
     attention_refresh   dense attention; chooses columns, fills o_cache
     attention_delta     o_cache + softmax over the chosen columns alone @ V
     mlp_delta           out_cache += (new activation - cached one) @ W2, over the chosen neurons
+    mlp_weights         W2 as mlp_delta wants it: turned over, and the norms of its neurons
 
 kernels/reference.py says what each computes. State is an argument and is changed in place, as the schema
 declares; outputs are always new tensors. Importing this module defines the operators.
@@ -189,3 +190,8 @@ _define(
     _like_out_cache,
     _mlp_delta_flops,
 )
+
+# Not for compiled programs: it runs once a generation.
+library.define("mlp_weights(Tensor weight, Tensor(a!) down_t, Tensor(b!) down_norm) -> ()")
+for _key, _module in IMPLEMENTATIONS.items():
+    library.impl("mlp_weights", _module.mlp_weights, _key)

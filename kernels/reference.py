@@ -252,3 +252,10 @@ def mlp_delta(
     fresh_samples = rounded.index_select(1, flat).view_as(sample_cache)
     sample_cache.copy_(torch.where(chosen[:, :, None], fresh_samples, sample_cache))
     return out_cache.to(x.dtype, copy=True)
+
+
+def mlp_weights(weight: torch.Tensor, down_t: torch.Tensor, down_norm: torch.Tensor) -> None:
+    """Fills down_t [hidden, out_features] with weight [out_features, hidden] turned over, and down_norm [hidden] with
+    the norms of its columns."""
+    down_t.copy_(weight.t())
+    down_norm.copy_(torch.linalg.vector_norm(weight, dim=0, dtype=down_norm.dtype))

@@ -152,6 +152,11 @@ def mlp_samples() -> dict:
     return _tiles(4, 2, BF=1024)
 
 
+def mlp_weights() -> dict:
+    """BF neurons to a program, BO of their weights at a time."""
+    return _tiles(4, 3, BO=128, BF=32)
+
+
 # --- finding ---
 
 

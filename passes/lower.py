@@ -169,9 +169,7 @@ def weights_program(
     for number, site in enumerate(sites):
         weight = env[site.down.weight]
         down_t, down_norm = (graph.placeholder(f"{name}_{number}") for name in ("down_t", "down_norm"))
-        graph.call_function(aten.copy_.default, (down_t, graph.call_function(aten.t.default, (weight,))))
-        norm = graph.call_function(aten.linalg_vector_norm.default, (weight, 2, [0]), {"dtype": torch.float32})
-        graph.call_function(aten.copy_.default, (down_norm, norm))
+        graph.call_function(torch.ops.chipmunk.mlp_weights.default, (weight, down_t, down_norm))
     graph.output(())
     return _runnable(graph_module(gm, graph)), positions
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from chipmunk_compile.kernels import tuner, tuning
-from tests.kernels.triton_cases import check, permute
+from tests.kernels.triton_cases import check, permute, weights
 
 pytest.importorskip("triton")
 from tests.gpu import shapes
@@ -30,3 +30,9 @@ def test_the_tuner_measures_what_fits(monkeypatch):
     device = torch.device("cuda", torch.cuda.current_device())
     key, default = "mlp_down 16-bit chunk 64", tuning.mlp_down(BF16, 64, torch.device("cpu"))
     assert tuner.measure(key, default, device) == {key: {**default, "BO": 64, "num_stages": 2}}
+
+
+@pytest.mark.parametrize("dtype", [BF16, torch.float16, FP32])
+@pytest.mark.parametrize("shape", [(3072, 12288, 0), (3072, 12288, 3072), (1001, 777, 8)])
+def test_weights_are_turned_over(dtype, shape):
+    check(weights("cuda", dtype, *shape), dtype)

@@ -39,13 +39,19 @@ MLP: dict[str, dict] = {
     "all columns": dict(kept=500, segments=(40,)),
     "half precision, chunk 64": dict(dtype=HALF, chunk=64, segments=(64, 24)),
 }
+WEIGHTS: dict[str, dict] = {
+    "one tile": dict(),
+    "ragged, in a wider matrix": dict(dtype=HALF, features=200, hidden=150, beside=24),
+    "not in rows": dict(features=40, hidden=70, turned=True),
+}
 PERMUTE: dict[str, dict] = {"all tokens": dict(), "some tokens": dict(dtype=HALF, moved=20)}
 
 
 def main(path: str) -> None:
     torch.set_num_threads(1)
     results = {}
-    for run, table in ((cases.attention, ATTENTION), (cases.mlp, MLP), (cases.permute, PERMUTE)):
+    tables = {cases.attention: ATTENTION, cases.mlp: MLP, cases.weights: WEIGHTS, cases.permute: PERMUTE}
+    for run, table in tables.items():
         for name, arguments in table.items():
             torch.manual_seed(torch.seed() % 2**32)
             results[f"{run.__name__}: {name}"] = run(**arguments)

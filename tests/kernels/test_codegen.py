@@ -35,6 +35,7 @@ ALL = {
     "mlp_scores": [cuda_mlp._facts("gelu(h0)", 1, 0)],
     "mlp_select": [{}],
     "mlp_samples": [{}],
+    "mlp_weights": [{}],
     "mlp_hopper": [
         {**cuda_mlp._facts(region, n, biases), "wide": biases > 0, "even": even}
         for region, n in (("gelu_tanh(h0)", 1), ("mul(silu(h0), h1)", 2))

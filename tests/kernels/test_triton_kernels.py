@@ -16,7 +16,12 @@ from tests.kernels.triton_cases import check
 
 pytest.importorskip("triton")
 
-TABLES = {"attention": interpreted.ATTENTION, "mlp": interpreted.MLP, "permute": interpreted.PERMUTE}
+TABLES = {
+    "attention": interpreted.ATTENTION,
+    "mlp": interpreted.MLP,
+    "weights": interpreted.WEIGHTS,
+    "permute": interpreted.PERMUTE,
+}
 CASES = [(f"{kind}: {name}", arguments) for kind, table in TABLES.items() for name, arguments in table.items()]
 
 

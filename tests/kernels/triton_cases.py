@@ -187,6 +187,20 @@ def mlp(
     return errors
 
 
+def weights(device="cpu", dtype=torch.float32, features=64, hidden=64, beside=0, turned=False) -> dict[str, float]:
+    """A weight turned over, and its columns' norms. beside: columns of the matrix that it is the last part of."""
+    weight = torch.randn(features, beside + hidden, device=device).to(dtype)[:, beside:]
+    weight = weight.t().contiguous().t() if turned else weight
+    with poisoned():
+        down_t = torch.empty(hidden, features, dtype=dtype, device=device)
+        down_norm = torch.empty(hidden, device=device)
+        cuda.mlp_weights(weight, down_t, down_norm)
+    return {
+        "different": float(not down_t.equal(weight.t())),
+        "norm": distance(down_norm, weight.double().norm(dim=0)),
+    }
+
+
 def permute(device="cpu", dtype=torch.float32, batch=2, tokens=53, moved=53) -> dict[str, float]:
     """Several tensors gathered along the token axis: how many differ from index_select."""
     order = torch.randperm(tokens, device=device)[:moved]
