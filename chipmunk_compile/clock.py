@@ -197,7 +197,8 @@ class InferredClock(Clock):
             before, stream.moment = math.nan, self._moment(stream, evidence)
         else:
             before = stream.moment
-            stream.moment = self._moment(stream, evidence) if changed and not repeats else before
+            moves = evidence.time != stream.time or (changed and not repeats)
+            stream.moment = self._moment(stream, evidence) if moves else before
             # A first step repeated may be a generation begun again, and what was just learned may not be all.
             repeated = stream.step == 0 and evidence.time == stream.time
             leaped = self._latents_leaped(evidence, changed == leaped == 1) or self._time_leaped(stream, evidence)

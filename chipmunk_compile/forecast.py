@@ -143,13 +143,12 @@ class History:
         if self.judge is not None:
             self.judge.skip(moment, abs(moment - self.moments[-1]))
         weights = lagrange(self.moments, moment)
-        damped = ([share * w for w in weights] for share in self.damping or [1.0] * len(self.outputs[-1]))
+        damped = ([share * w for w in weights] for share in self.damping() or [1.0] * len(self.outputs[-1]))
         return [
             _combined(known, [*before, last + 1.0 - sum((*before, last))])
             for known, (*before, last) in zip(zip(*self.outputs), damped)
         ]
 
-    @property
     def damping(self) -> list[float] | None:
         """How much of what a forecast adds to the last outputs is taken, for each: half what proved best at the last
         comparison, half what was learned before. Waits for the device, where `Judge.allows` did not yet."""
@@ -181,7 +180,7 @@ class History:
         told[-1] -= sum(steps[1:])
         paid = steps[-1] * growth
         repaid = []
-        for output, share, known in zip(outputs, self.damping or [1.0] * len(outputs), zip(*self.outputs)):
+        for output, share, known in zip(outputs, self.damping() or [1.0] * len(outputs), zip(*self.outputs)):
             owed = [-share * total / paid for total in told]
             owed[-1] -= between / paid
             repaid.append(_combined((*known, output), [*owed, 1.0 + between / paid]))
@@ -202,7 +201,7 @@ class History:
         """[1 + outputs]: the relative error that the forecast of these outputs would have had, and the damping of each
         that would have been best, by least squares."""
         wrong, whole, best = 0.0, 0.0, []
-        damping = self.damping or [1.0] * len(outputs)
+        damping = self.damping() or [1.0] * len(outputs)
         for move, share, known, output in zip(self._moves(moment), damping, self.outputs[-1], outputs):
             output = output.float()
             came = output - known
@@ -214,7 +213,8 @@ class History:
                 wrong = wrong + missed.square().sum()
                 whole = whole + output.square().sum().clamp_min(1e-30)
             best.append(((came * move).sum() / move.square().sum().clamp_min(1e-30)).clamp(0.0, MOST_GROWTH))
-        return torch.stack([(wrong / whole).sqrt(), *best])
+        # Outputs may lie on several devices.
+        return torch.stack([number.to(outputs[-1].device) for number in ((wrong / whole).sqrt(), *best)])
 
     def learn(self, moment: float, refreshed: Sequence[torch.Tensor], delta: Sequence[torch.Tensor]) -> None:
         """What the delta program missed at `moment`, where both programs ran."""

@@ -46,7 +46,7 @@ class Reserve:
     """
 
     def __init__(self) -> None:
-        self._waiting: dict[str, tuple[tuple, deque[list[torch.Tensor]]]] = {}  # by scope: a layout, and what has it
+        self._waiting: dict[tuple, deque[list[torch.Tensor]]] = {}  # by layout
         # Given back and not yet sorted in: state dies whenever the garbage collector runs.
         self._returned: deque[tuple[int, tuple, list[torch.Tensor]]] = deque()
         self._epoch = 0
@@ -57,7 +57,7 @@ class Reserve:
     @property
     def state_bytes(self) -> int:
         self._sort_in()
-        lists = (tensors for _, waiting in list(self._waiting.values()) for tensors in list(waiting))
+        lists = (tensors for waiting in list(self._waiting.values()) for tensors in list(waiting))
         return sum(tensor.untyped_storage().nbytes() for tensors in lists for tensor in tensors)
 
     def release(self) -> None:
@@ -68,11 +68,12 @@ class Reserve:
 
     def take(self, specs: Sequence[StateTensor]) -> list[torch.Tensor]:
         self._sort_in()
-        layout, waiting = self._waiting.get(specs[0].scope, ((), deque())) if specs else ((), deque())
-        if waiting and layout == tuple(specs):
+        waiting = self._waiting.get(tuple(specs))
+        if waiting:
             return waiting.popleft()  # as they came: the blocks of a model end in the order in which they began
-        if specs:
-            self._waiting.pop(specs[0].scope, None)
+        scopes = {spec.scope for spec in specs}
+        for layout in [layout for layout in self._waiting if layout[0].scope in scopes]:
+            del self._waiting[layout]
         return [spec.empty() for spec in specs]
 
     def keep(self, state: State, specs: Sequence[StateTensor], tensors: list[torch.Tensor]) -> None:
@@ -83,9 +84,7 @@ class Reserve:
         while self._returned:
             epoch, layout, tensors = self._returned.popleft()
             if epoch == self._epoch and layout:
-                known, waiting = self._waiting.setdefault(layout[0].scope, (layout, deque()))
-                if known == layout:
-                    waiting.append(tensors)
+                self._waiting.setdefault(layout, deque()).append(tensors)
 
 
 def allocate(

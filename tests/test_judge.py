@@ -122,11 +122,11 @@ def test_damping_is_how_much_of_a_forecast_came_true():
     history = History(ForecastOptions(tolerance=0.01))
     for step in range(12):
         history.record(1.0 - 0.05 * step, [torch.tensor([1.0, 2.0]) + 0.1 * (-1) ** step])
-    assert history.damping[0] < 0.01
+    assert history.damping()[0] < 0.01
     (told,) = history.forecast(0.4)
     assert torch.allclose(told, history.outputs[-1][0], atol=1e-2)
     history.filled = False
-    assert history.damping is None and history.judge.computed == 0
+    assert history.damping() is None and history.judge.computed == 0
 
 
 def run(model, loop=None, **options):

@@ -329,7 +329,10 @@ def test_memory_serves_the_next_state_like_it_and_no_other():
     again = [allocate(small, reserve=reserve) for _ in range(2)]
     assert sorted([t.data_ptr() for t in state.tensors] for state in again) == sorted(addresses)
     again.clear()
-    other = allocate(large, reserve=reserve)
+    two_kinds = [allocate(kind, reserve=reserve) for kind in (small, small)] + [allocate(large, reserve=reserve)]
+    two_kinds.clear()
+    assert reserve.state_bytes == 2 * 48 + 64 + 8, "blocks of two kinds"
+    other = allocate([spec("a", 32)], reserve=reserve)
     assert reserve.state_bytes == 8, "another layout frees what waits in its scope"
     reserve.release()
     del other

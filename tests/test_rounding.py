@@ -112,6 +112,18 @@ def test_short_steps_are_told_apart_and_none_is_taken_for_an_edit(prompts, steps
     assert pipeline.clock.generation == 3
 
 
+def test_a_call_made_twice_is_one_time_and_latents_that_stay_do_not_stop_it():
+    pipeline, latents = Pipeline(), torch.randn(1, 512, 16)
+    for _ in range(2):
+        levels = schedule(50, 11.0)
+        ticks = []
+        for level in levels:
+            time, inputs = torch.tensor([1000 * level]).bfloat16() / 1000, [latents, pipeline.prompts[0]]
+            ticks += [pipeline.tick(time, inputs), pipeline.tick(time, inputs)]
+        assert all(a.time == b.time for a, b in zip(ticks[::2], ticks[1::2]))
+    assert len({tick.time for tick in ticks}) == len(set(rounded(levels)))
+
+
 def test_edited_latents_are_noticed_all_the_same():
     pipeline = Pipeline()
     for _ in range(2):

@@ -72,7 +72,6 @@ class Fading(History):
         self._gap = abs(moment - self.moments[-1])
         return super()._compare(moment, outputs)
 
-    @property
     def damping(self) -> list[float] | None:
         if self.told is not None:
             rate = _inverse(self.told.values[1]) / self.judge._gap
