@@ -179,7 +179,8 @@ class InferredClock(Clock):
         evidence.recall(reversed(self._memory))
         unknown = [p for p in range(len(inputs)) if p not in evidence.prints]
         self.expected = self._expect(evidence)
-        evidence.times, prints = read(unknown)
+        times, prints = read(unknown)
+        evidence.at(times)
         self.expected = None
         evidence.prints.update(prints)
 

@@ -25,7 +25,7 @@ class Evidence:
     """One call: its time, and for each input the object (weakly), its version and its fingerprint."""
 
     def __init__(self, inputs: Inputs, on_death: Callable[[int], Callable] | None = None) -> None:
-        self.times: Times = (math.nan,)
+        self.at((math.nan,))
         self.objects = [weakref.ref(t, on_death(p) if on_death else None) for p, t in enumerate(inputs)]
         self.versions = [_version(t) for t in inputs]
         self.prints: dict[int, Fingerprint] = {}
@@ -33,10 +33,10 @@ class Evidence:
     def __len__(self) -> int:
         return len(self.objects)
 
-    @property
-    def time(self) -> float:
-        """Moves when the timestep does: candidates that never move (guidance scales) add what stays the same."""
-        return sum(self.times)
+    def at(self, times: Times) -> None:
+        """Says when. `time` moves when the timestep does: candidates that never move (guidance scales) add what stays
+        the same."""
+        self.times, self.time = times, sum(times)
 
     def way_since(self, first: Times) -> float:
         """How far the time had to go at a first step, without the candidates that stayed: timesteps end at 0, or, where
@@ -107,7 +107,7 @@ def fingerprint(tensor: torch.Tensor) -> torch.Tensor:
         tensor = torch.view_as_real(tensor)
     flat = tensor.detach().flatten()
     samples = flat[:: max(1, flat.numel() // 64)][:64]
-    return torch.cat([flat.sum(dtype=torch.float64).view(1), samples.double()])
+    return torch.cat([flat.sum(0, keepdim=True, dtype=torch.float64), samples])  # which makes them all float64
 
 
 def call_evidence(args: Sequence, kwargs: Mapping) -> tuple[list[torch.Tensor | float], list[torch.Tensor]]:
@@ -130,7 +130,7 @@ def read_evidence(
     meanwhile: called where the host would wait for the device, and only there.
     """
     plain = [float(t) for t in times if not isinstance(t, torch.Tensor)]
-    parts = [t.double().mean().view(1) for t in times if isinstance(t, torch.Tensor)]
+    parts = [_mean(t) for t in times if isinstance(t, torch.Tensor)]
     timesteps = len(parts)
     parts += [fingerprint(inputs[p]) for p in positions]
     if not parts:
@@ -144,6 +144,12 @@ def read_evidence(
         prints[position] = tuple(read[at : at + len(part)])
         at += len(part)
     return (*plain, *read[:timesteps]), prints
+
+
+def _mean(time: torch.Tensor) -> torch.Tensor:
+    """Float64 [1]."""
+    time = time.detach().reshape(-1).double()
+    return time if time.numel() == 1 else time.mean(0, keepdim=True)
 
 
 class TimesRead:

@@ -10,6 +10,7 @@ import weakref
 from collections import Counter, deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from operator import itemgetter
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -309,7 +310,9 @@ class Owners:
     """The owners of one graph's calls."""
 
     def __init__(self, positions: Sequence[int], latents: frozenset[int], has_timestep: bool, config: Config) -> None:
-        self._positions, self._latents, self._config = positions, latents, config
+        # One call of C for the thousand parameters of a whole model; of a single position it would make no tuple.
+        self._parameters = itemgetter(*positions) if len(positions) > 1 else lambda args: [args[i] for i in positions]
+        self._latents, self._config = latents, config
         self._has_timestep = has_timestep
         self._known: dict[tuple[int, ...], Owner] = {}
         self._epoch = _epoch
@@ -322,7 +325,7 @@ class Owners:
                 owner.release()
             self._known.clear()
             self._epoch = _epoch
-        parameters = [args[i] for i in self._positions]
+        parameters = self._parameters(args)
         key = tuple(map(id, parameters))
         owner = self._known.get(key)
         if owner is not None and owner.alive:

@@ -83,14 +83,17 @@ class Programs:
         lifted = self._lifted(state) if state is not None else []
         masks_hold = False
         if state is not None:
+            inputs = [*args, *self._orders]
+            # What the boolean key masks are made from: as long as that stays, a delta does without them.
+            masks = [inputs[position] for position in self._mask_inputs]
             if begins:
                 state.kept_from = state.weights.kept_from = None
-            self._gathers.update(state, [*args, *self._orders])
+            self._gathers.update(state, inputs)
         if program is Program.REFRESH:
-            self._weights.update(state.weights, [*args, *self._orders])
-            state.masks_from = marks(self._masks(args))
+            self._weights.update(state.weights, inputs)
+            state.masks_from = marks(masks)
         elif program is Program.DELTA:
-            masks_hold = bool(self._mask_inputs) and unchanged(state.masks_from, self._masks(args))
+            masks_hold = bool(masks) and unchanged(state.masks_from, masks)
         compiled = self._compiled.get((program, masks_hold))
         if compiled is None:
             with self._lock:
@@ -114,11 +117,6 @@ class Programs:
         if plan.movable:
             lowered = offload(lowered, plan.treatments, plan.movable, program.value)
         return _with_dynamo_metadata(lowered, self._dynamo)
-
-    def _masks(self, args: Sequence) -> list:
-        """What the boolean key masks are made from: as long as that stays, a delta does without them."""
-        inputs = [*args, *self._orders]
-        return [inputs[position] for position in self._mask_inputs]
 
     def _lifted(self, state: State) -> list[torch.Tensor]:
         """All lifted tensors in the order in which the programs take them: token orders first."""
