@@ -147,5 +147,6 @@ class Owner:
         return state.bytes if state is not None else 0
 
     def release(self) -> None:
+        self._weights = None  # streams go, and with them what it was; a frame that failed may hold one for a while yet
         if self.clock is not None:
             self.clock.release()
