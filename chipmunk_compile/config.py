@@ -61,8 +61,9 @@ class ForecastOptions:
     order: int = 1
     """Of the extrapolation, in the timestep: 0 reuses the last output, 1 is a line, 2 a parabola."""
     tolerance: float | None = None
-    """Steps are forecast as long as what that leaves in the latents is expected to stay below this share of them, since
-    the last computed step: 0.001 is careful, 0.03 is bold. None: `schedule.compute_every` says which are."""
+    """Steps are forecast as far as their expected error, as a share of the output, times the square root of the gap's
+    share of the whole way, stays below this: 0.008 is careful, 0.06 is bold. None: `schedule.compute_every` says which
+    are."""
     repay: bool = False
     """A computed step adds to its output what the forecasts before it left out of the latents."""
     refresh_every: int | None = None
@@ -148,6 +149,10 @@ class Config:
         """Whether every step is forecast or computed whole, as far as steps can be forecast."""
         return self.forecasts and self.schedule.refresh_every == 1 and self.schedule.refresh_at is None
 
+    def where_computed(self) -> Config:
+        """What holds for a model that must run at every step."""
+        return replace(self, schedule=replace(self.schedule, compute_every=1, forecast_at=None))
+
     def where_forecast(self, in_pieces: bool = False) -> Config:
         """What holds for a model whose steps can be forecast, as one graph or in pieces."""
         schedule, forecast = self.schedule, self.forecast
@@ -170,14 +175,15 @@ class Config:
 
 
 # Points on the frontier of docs/quality.md. Where steps can be forecast, forecasts as far as they prove good are the
-# best there is; models that must run at every step run deltas. "exact" computes every column, so it differs from dense
-# by rounding alone.
+# best there is, and where so few steps are computed that nothing proves good, those evenly spread; models that must run
+# at every step run deltas. "exact" computes every column, so it differs from dense by rounding alone.
 _OTHERS_WHOLE = {"forecast.repay": True, "forecast.refresh_every": 1}
 PRESETS: dict[str, dict[str, Any]] = {
     "exact": {"attention.sparsity": 0.0, "mlp.sparsity": 0.0},
-    "quality": {"schedule.refresh_every": 3, "forecast.tolerance": 0.001, **_OTHERS_WHOLE},
-    "balanced": {"schedule.refresh_every": 5, "forecast.tolerance": 0.004, **_OTHERS_WHOLE},
-    "fast": {"schedule.refresh_every": 8, "forecast.tolerance": 0.016, **_OTHERS_WHOLE},
+    "quality": {"schedule.refresh_every": 3, "forecast.tolerance": 0.008, **_OTHERS_WHOLE},
+    "balanced": {"schedule.refresh_every": 5, "forecast.tolerance": 0.02, **_OTHERS_WHOLE},
+    "fast": {"schedule.refresh_every": 8, "forecast.tolerance": 0.06, **_OTHERS_WHOLE},
+    "draft": {"schedule.refresh_every": 12, "schedule.compute_every": 6, **_OTHERS_WHOLE},
 }
 # Options that say how deltas are to be: beside any of them a preset's forecasts, which leave none, do not count.
 _OF_DELTAS = (
@@ -191,10 +197,12 @@ ORDERS = ("patch", "hilbert", "raster")
 
 def _preset_beside(preset: str, options: Mapping[str, Any]) -> dict[str, Any]:
     """What of a preset holds beside a caller's own options."""
-    flat = PRESETS[preset]
-    if not any(name.startswith(_OF_DELTAS) for name in options):
-        return flat
-    return {name: value for name, value in flat.items() if not name.startswith("forecast.")}
+    dropped: tuple[str, ...] = ()
+    if any(name.startswith(_OF_DELTAS) for name in options):
+        dropped = ("forecast.", "schedule.compute_every")
+    elif options.get("forecast.tolerance") is not None:
+        dropped = ("schedule.compute_every",)
+    return {name: value for name, value in PRESETS[preset].items() if not name.startswith(dropped)}
 
 
 def _set(config: Config, name: str, value: Any) -> Config:

@@ -2,8 +2,8 @@
 
 All act on the output of a whole forward, per stream:
 
-- *forecast*: outputs of computed steps, extrapolated in the step's own time (Lagrange: reuse, line or parabola). With
-  a tolerance (judge.py says when) what it adds to the last output is damped by how much of it came true before;
+- *forecast*: outputs of computed steps, extrapolated in the step's own time (Lagrange: reuse, line or parabola, as many
+  as are known). What it adds to the last output is damped by how much of it came true before;
 - *repaying*: a computed step shows what the steps forecast before it should have been: on the line between the computed
   ones. What they left out of the latents is added to its output, by the lengths of the steps. Any sampler that adds up
   outputs takes it as it takes them; the corrector of UniPC (arXiv 2302.04867) does the same within a sampler;
@@ -28,6 +28,8 @@ from .judge import Arriving, Judge
 FURTHEST = 3.0
 # What a forecast adds to the last output may prove to be too little, too, but not by more than this.
 MOST_GROWTH = 1.2
+# How much of a line came true over a gap so many times as long as itself says nothing of another that is not.
+COMPARABLE = 2.0
 # Forecasts of hidden states miss more of each channel than what the model makes of them misses: 1.7 to 3.9 times as
 # much on the image and video models of docs/quality.md. Few channels may be huge, so each counts relative to itself.
 HIDDEN = 2.0
@@ -49,15 +51,18 @@ class History:
     error_age: float = 0.0
     refreshed: float | None = None  # the moment of the last refresh
     judge: Judge | None = None
-    told: Arriving | None = None  # by the last comparison: its error, and of each output the best damping
+    reads: bool = True  # numbers from the device may be waited for
     waiting: list[float] = field(default_factory=list)  # moments forecast since the last computed one
     settled: tuple[float, bool] = (math.nan, False)  # a moment, and whether its step is forecast (council.py)
     host_bytes = 0  # as states have it: none of this lies in host memory
 
     def __post_init__(self) -> None:
         self._damping: list[float] | None = None
+        self._lesson: Arriving | None = None  # of the last comparison, if it tells the damping
         if self.options.tolerance is not None:
-            self.judge = Judge(self.options.tolerance, self.options.order)
+            self.judge = Judge(self.options.tolerance)
+        # Of pieces the leader alone looks at what its forecasts are worth.
+        self._compares = self.judge is not None or (self.options.repay and self.options.order > 0 and self.reads)
 
     @property
     def bytes(self) -> int:
@@ -73,7 +78,7 @@ class History:
     def filled(self, value: bool) -> None:
         if not value:
             self.moments, self.outputs, self.waiting = [], [], []
-            self.error = self.refreshed = self.told = self._damping = None
+            self.error = self.refreshed = self._lesson = self._damping = None
             self.settled = (math.nan, False)
             if self.judge is not None:
                 self.judge.begin()
@@ -92,27 +97,30 @@ class History:
         """
         return tick.fresh and not (tick.learned and self.judge is not None)
 
-    def keep(self, moment: float, computed: Sequence[torch.Tensor], span: float) -> Outputs:
+    def keep(self, moment: float, computed: Sequence[torch.Tensor], span: float, step: int) -> Outputs:
         """Outputs of a computed step as they are to be returned, after they were recorded as they were computed."""
         outputs = self.repay(moment, computed)
-        self.record(moment, computed, span)
+        self.record(moment, computed, span, step)
         return outputs
 
-    def record(self, moment: float, outputs: Sequence[torch.Tensor], span: float = 0.0) -> None:
+    def record(self, moment: float, outputs: Sequence[torch.Tensor], span: float = 0.0, step: int = 0) -> None:
         """Keeps a copy: a program's outputs may lie in memory that its next run writes (CUDA graphs).
 
-        span: of the moments of a generation, if known, else 0.
+        span: of the moments of a generation, if known, else 0. step: of the generation, from 0.
         """
+        known = self.moments
+        gap = abs(moment - known[-1]) if known and known[-1] != moment else None
+        told = Arriving(self._compare(moment, outputs)) if gap is not None and self._compares else None
+        if told is not None and len(known) > 1 and gap <= COMPARABLE * abs(known[-1] - known[-2]):
+            self._lesson = told
         if self.judge is not None:
-            known = len(self.moments) > self.options.order and self.moments[-1] != moment
-            gap = abs(moment - self.moments[-1]) if known else None
-            if known:
-                self.told = Arriving(self._compare(moment, outputs))
-            self.judge.weigh(moment, gap, self.told if known else None, span)
-        if self.moments and self.moments[-1] == moment:  # a time evaluated twice: the later evaluation counts
+            self.judge.weigh(moment, gap, told, span)
+        if known and (gap is None or step == 1):
+            # A time evaluated twice: the later evaluation counts. And the second step takes the place of the first,
+            # which saw nothing but noise: a line through those two is worse than none.
             buffers = self.outputs.pop()
             self.moments.pop()
-        elif len(self.moments) > self.options.order:
+        elif len(known) > self.options.order:
             buffers = self.outputs.pop(0)
             self.moments.pop(0)
         else:
@@ -124,24 +132,28 @@ class History:
 
     @property
     def known(self) -> bool:
-        """Whether enough steps are known to forecast any."""
-        return len(self.moments) > self.options.order
+        """Whether any step is known, so that others can be forecast."""
+        return bool(self.moments)
 
     def reaches(self, moment: float) -> bool:
-        """Whether enough steps are known, and near enough, to forecast this one."""
+        """Whether steps are known, and near enough, to forecast this one."""
         if not self.known:
             return False
+        gap = abs(moment - self.moments[-1])
         if self.judge is not None:
-            return self.judge.allows(moment, abs(moment - self.moments[-1]))
-        if self.options.order == 0:
-            return True
-        return abs(moment - self.moments[-1]) <= FURTHEST * abs(self.moments[-1] - self.moments[-2])
+            return self.judge.allows(moment, gap, self._power())
+        return len(self.moments) == 1 or gap <= FURTHEST * abs(self.moments[-1] - self.moments[-2])
+
+    def _power(self) -> float:
+        """Errors of forecasts grow with the gap to this power: with the square of it where a line is followed whole."""
+        shares = self.damping() or [1.0]
+        return 1.0 + (len(self.moments) - 1) * min(sum(shares) / len(shares), 1.0)
 
     def forecast(self, moment: float) -> Outputs:
         """The outputs at `moment`, computed in float32 and rounded once."""
         self.waiting.append(moment)
         if self.judge is not None:
-            self.judge.skip(moment, abs(moment - self.moments[-1]))
+            self.judge.skip(moment)
         weights = lagrange(self.moments, moment)
         damped = ([share * w for w in weights] for share in self.damping() or [1.0] * len(self.outputs[-1]))
         return [
@@ -152,8 +164,8 @@ class History:
     def damping(self) -> list[float] | None:
         """How much of what a forecast adds to the last outputs is taken, for each: half what proved best at the last
         comparison, half what was learned before. Waits for the device, where `Judge.allows` did not yet."""
-        if self.told is not None and self.options.order:
-            best, self.told = self.told.values[1:], None
+        if self._lesson is not None:
+            best, self._lesson = self._lesson.values[1:], None
             learned = self._damping or best
             self._damping = [(one + other) / 2 for one, other in zip(best, learned)]
         return self._damping

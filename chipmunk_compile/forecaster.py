@@ -67,7 +67,7 @@ class Forecaster:
         history = stream.states.get(key)
         if history is None or history.fits != fits:
             options = way.forecast if leads or way is self.as_one else ForecastOptions(way.forecast.order)
-            history = stream.states[key] = History(options, fits=fits, leads=leads)
+            history = stream.states[key] = History(options, fits=fits, leads=leads, reads=owner.root.counted is None)
             if way is self.as_piece:
                 owner.root.ledger.add(history)
                 owner.root.ledger.streams.add(stream)
@@ -123,7 +123,7 @@ class Forecaster:
         if way is self.as_one:
             return self._keep_as_one(history, root, tick, computed, args)
         root.look_among(computed)
-        moving = history.keep(tick.time, self._parts.moving(computed), tick.span)
+        moving = history.keep(tick.time, self._parts.moving(computed), tick.span, tick.step)
         outputs, budget = self._parts.with_moving(moving, computed), way.memory_budget
         if budget is not None:
             held = root.ledger.held(())
@@ -139,10 +139,10 @@ class Forecaster:
         if root.prediction is None:
             if latents is not None and tick.step == 0:
                 root.look_at(computed[0], latents)
-            return history.keep(tick.time, computed, tick.span)
+            return history.keep(tick.time, computed, tick.span, tick.step)
         history.dtype = computed[0].dtype
         velocity = root.prediction.velocity(computed[0], latents, tick.time)
-        (repaid,) = history.keep(tick.time, [velocity], tick.span)
+        (repaid,) = history.keep(tick.time, [velocity], tick.span, tick.step)
         if repaid is velocity:
             return computed
         return [root.prediction.noise(repaid, latents, tick.time, history.dtype)]

@@ -1,30 +1,35 @@
 """Whether a forecast would do, judged by the ones that could be held against what was computed.
 
 At every computed step the forecast that might have stood there is compared with the output. Its relative error `e`,
-over a gap `g` since the step computed before, says what to expect over another gap `h`: `e * (h / g) ** (order + 1)`.
-A step that covers the share `s` of the whole way then moves the latents by about `s` times that error. Steps are
-forecast as long as what they leave in the latents, summed since the last computed step, is expected to stay below the
-tolerance.
+over a gap `g` since the step computed before, says what to expect over another gap `h`: `e * (h / g) ** power`, where
+the power is 1 for reuse and 2 for a line, if lines come true.
+
+What an error costs is more than itself and less than what it adds up to over the gap: later steps see latents that are
+off, and take part of it back. Steps are forecast as long as the expected error, times the square root of the share of
+the whole way that the gap is, stays below the tolerance. The square root is what measured best between the error alone
+and the error times the gap (docs/quality.md).
 """
 
 from __future__ import annotations
 
-import math
-
 import torch
 
 # Forecasts in a row.
-MOST = 8
+MOST = 10
 # A forecast this wrong, relative to the output, knows nothing of it: samplers that add noise at every step have such
 # steps, and however short those are, a forecast would leave in the latents what the model was to take out.
 WORST = 1.0
+# An error seen over a gap says what to expect of gaps so many times as long. The first one is seen over a single step.
+FARTHEST = 4.0
 
 
 class Judge:
     """Of one stream. Times are those of the clock: timesteps, or counted steps."""
 
-    def __init__(self, tolerance: float, order: int) -> None:
-        self.tolerance, self.order = tolerance, order
+    farthest = FARTHEST
+
+    def __init__(self, tolerance: float) -> None:
+        self.tolerance = tolerance
         self.begin()
 
     def begin(self) -> None:
@@ -32,7 +37,7 @@ class Judge:
         self.computed = 0  # steps so far
         self._span = self._last = 0.0  # of the whole generation; the time of the last step, computed or not
         self._gap, self._told = 0.0, None
-        self._left, self._row = 0.0, 0  # of the forecasts since the last computed step
+        self._row = 0  # forecasts since the last computed step
 
     def weigh(self, moment: float, gap: float | None, told: Arriving | None, span: float) -> None:
         """A step was computed, and the forecast over `gap` would have been wrong by the first of the numbers `told`, a
@@ -44,34 +49,30 @@ class Judge:
         self.computed += 1
         if told is not None:
             self._gap, self._told = gap, told
-        self._last, self._left, self._row = moment, 0.0, 0
+        self._last, self._row = moment, 0
 
-    def allows(self, moment: float, gap: float) -> bool:
-        """Whether this step may be forecast over `gap`. Reads the last error."""
+    def allows(self, moment: float, gap: float, power: float) -> bool:
+        """Whether this step may be forecast over `gap`, if errors grow with that power of it. Reads the last error."""
         if self._row >= MOST or moment == self._last:  # a time evaluated twice (Heun): no gap says anything of it
             return False
-        return self._expected(gap) < WORST and self._left_after(moment, gap) <= self.tolerance  # both false for nan
+        if self._told is None or not self._span or not 0.0 < gap <= self.farthest * self._gap:
+            return False
+        error = self._told.values[0] * (gap / self._gap) ** power
+        return error < WORST and self._cost(error, gap / self._span) <= self.tolerance  # both are false for nan
+
+    def _cost(self, error: float, share: float) -> float:
+        """Of an error over that share of the whole way."""
+        return error * share**0.5
 
     @property
     def waits(self) -> bool:
         """Whether the last error is still on its way: `allows` would wait for it."""
         return self._told is not None and not self._told.arrived
 
-    def skip(self, moment: float, gap: float) -> None:
-        """This step is forecast over `gap`."""
-        self._left, self._row = self._left_after(moment, gap), self._row + 1
+    def skip(self, moment: float) -> None:
+        """This step is forecast."""
+        self._row += 1
         self._last = moment
-
-    def _left_after(self, moment: float, gap: float) -> float:
-        if not self._span:
-            return math.inf
-        return self._left + self._expected(gap) * abs(moment - self._last) / self._span
-
-    def _expected(self, gap: float) -> float:
-        """The relative error of a forecast over `gap`."""
-        if self._told is None or not self._gap:
-            return math.inf
-        return self._told.values[0] * (gap / self._gap) ** (self.order + 1)
 
 
 class Arriving:

@@ -206,8 +206,8 @@ class Report:
         lines += [f"forecast   {line}" for line in self._forecasts()]
         if self.runs_whole:
             always = self._way.schedule.warmup
-            if self._way.forecast.tolerance is not None:  # so many tell a forecast, and one more how good it was
-                always = max(always, self._way.forecast.order + 2)
+            if self._way.forecast.tolerance is not None:  # the second tells how good reusing the first would have been
+                always = max(always, 2)
             lines.append(f"           a generation's first {always} steps are always computed")
             lines.append("deltas     none beside such forecasts; {'schedule.refresh_every': 5} would run them instead")
         else:
@@ -221,7 +221,7 @@ class Report:
         return [f"  {line}" for line in lines]
 
     def _deltas(self) -> list[str]:
-        schedule = (self._way or self.config).schedule
+        schedule = (self._way or self.config.where_computed()).schedule
         listed = ", ".join(map(str, schedule.refresh_at or ())) or "no other"
         further = f"every {schedule.refresh_every}th" if schedule.refresh_at is None else f"at {listed}"
         return [
@@ -255,7 +255,7 @@ class Report:
         if way is None:
             return ["none: that takes graphs that do nothing but compute, and one that receives the timestep"]
         if way.forecast.tolerance is not None:
-            which = f"as many steps in a row as leave under {way.forecast.tolerance:.2%} of error in the latents"
+            which = f"as many steps in a row as prove good to a tolerance of {way.forecast.tolerance:g}"
         elif way.schedule.forecast_at:
             which = f"steps {', '.join(map(str, way.schedule.forecast_at))}"
         else:

@@ -256,8 +256,7 @@ class Runner(Called):
         if tick.fresh or not state.filled:
             return Program.REFRESH
         if history is None:
-            due = program_at(tick.step, self._config.schedule)
-            return Program.DELTA if due is Program.FORECAST else due
+            return program_at(tick.step, self._config.where_computed().schedule)
         return self._forecaster.due(way, root, others, history, tick, Program.DELTA)
 
     def _corrects(self, history: History, tick: Tick) -> bool:

@@ -48,7 +48,7 @@ def test_forecasts_are_said():
     (every,) = lines(**{"schedule.compute_every": 3})
     assert "one step in 3" in every and "refreshes count computed steps" in every
     (tolerance,) = lines(**{"forecast.tolerance": 0.004})
-    assert "under 0.40% of error" in tolerance
+    assert "prove good to a tolerance of 0.004" in tolerance
 
 
 def test_switched_off_by_an_option():

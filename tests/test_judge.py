@@ -17,32 +17,32 @@ from tests.toy_dit import SMALL, Loop, ToyDiT, compile_toy, toy, worst
 STEPS = 20
 
 
-def judged(error: float, tolerance: float = 0.01, order: int = 1) -> Judge:
+def judged(error: float, tolerance: float = 0.01) -> Judge:
     """Steps at 1.0, 0.9 and 0.8 were computed; the forecast of the last would have been wrong by `error`."""
-    judge = Judge(tolerance, order)
+    judge = Judge(tolerance)
     judge.weigh(1.0, None, None, 0.0)
     judge.weigh(0.9, None, None, 1.0)
     judge.weigh(0.8, 0.1, Arriving(torch.tensor([error])), 1.0)
     return judge
 
 
-def allowed(judge: Judge, moments=(0.7, 0.6, 0.5, 0.4, 0.3)) -> int:
+def allowed(judge: Judge, moments=(0.7, 0.6, 0.5, 0.4, 0.3), power: float = 2.0) -> int:
     """Forecasts in a row."""
-    return next((n for n, m in enumerate(moments) if not takes(judge, m, 0.8 - m)), len(moments))
+    return next((n for n, m in enumerate(moments) if not takes(judge, m, 0.8 - m, power)), len(moments))
 
 
-def takes(judge: Judge, moment: float, gap: float) -> bool:
+def takes(judge: Judge, moment: float, gap: float, power: float = 2.0) -> bool:
     """Whether a step may be forecast; if so, it is."""
-    allowed = judge.allows(moment, gap)
+    allowed = judge.allows(moment, gap, power)
     if allowed:
-        judge.skip(moment, gap)
+        judge.skip(moment)
     return allowed
 
 
 def test_a_forecast_that_knows_nothing_is_never_taken():
     """However short the steps are: where noise is added at each, what one would take out would stay in."""
     for error, steps in ((0.9, 4), (1.1, 0)):
-        judge = Judge(0.01, 1)
+        judge = Judge(0.5)
         for step in range(3):
             told = Arriving(torch.tensor([error])) if step == 2 else None
             judge.weigh(1.0 - 0.0001 * step, 0.0001 if step == 2 else None, told, 1.0)
@@ -50,36 +50,38 @@ def test_a_forecast_that_knows_nothing_is_never_taken():
 
 
 @pytest.mark.parametrize(
-    "order, error, expected",
+    "power, error, expected",
     [
-        # A tenth of the way at each step, errors of 1, 4, 9, 16 times what they were over one gap.
-        (1, 0.0, 5), (1, 0.1 / 1.001, 1), (1, 0.1 / 5.001, 2), (1, 0.1 / 14.001, 3), (1, 0.2, 0),
-        (0, 0.1 / 3.001, 2), (2, 0.1 / 9.001, 2),
+        # Gaps of 1, 2, 3 and 4 tenths of the way; the fifth is longer than anything that was seen could tell.
+        (2, 0.0, 4), (2, 0.01 / (1 * 0.1**0.5) / 1.001, 1), (2, 0.01 / (4 * 0.2**0.5) / 1.001, 2),
+        (2, 0.01 / (9 * 0.3**0.5) / 1.001, 3), (2, 0.04, 0),
+        (1, 0.01 / (2 * 0.2**0.5) / 1.001, 2), (3, 0.01 / (8 * 0.2**0.5) / 1.001, 2),
     ],
 )  # fmt: skip
-def test_forecasts_go_on_until_what_they_leave_passes_the_tolerance(order, error, expected):
-    assert allowed(judged(error, order=order)) == expected
+def test_forecasts_go_on_until_their_error_passes_the_tolerance(power, error, expected):
+    assert allowed(judged(error), power=power) == expected
 
 
 def test_times_may_be_of_any_unit():
+    error = 0.01 / (4 * 0.2**0.5) / 1.001
     for unit in (1.0, 1000.0):
-        judge = Judge(0.01, 1)
+        judge = Judge(0.01)
         for moment, gap in ((1.0, None), (0.9, None), (0.8, 0.1)):
-            judge.weigh(unit * moment, gap and unit * gap, Arriving(torch.tensor([0.1 / 5.001])), unit)
+            judge.weigh(unit * moment, gap and unit * gap, Arriving(torch.tensor([error])), unit)
         assert [takes(judge, unit * m, unit * (0.8 - m)) for m in (0.7, 0.6, 0.5)] == [True, True, False]
-    counted = Judge(0.01, 1)
+    counted = Judge(0.01)
     for step in range(3):
-        counted.weigh(step, 1.0, Arriving(torch.tensor([0.1 / 5.001])), 10)
+        counted.weigh(step, 1.0, Arriving(torch.tensor([error])), 10)
     assert [takes(counted, step, step - 2) for step in (3, 4, 5)] == [True, True, False]
 
 
 def test_what_is_not_known_is_not_forecast():
-    fresh = Judge(0.5, 1)
+    fresh = Judge(0.5)
     fresh.weigh(1.0, None, None, 1.0)
-    assert not fresh.allows(0.9, 0.1)
+    assert not fresh.allows(0.9, 0.1, 1.0)
     unknown = judged(0.0)
     unknown.weigh(0.8, 0.1, Arriving(torch.tensor([0.0])), 0.0)
-    assert not unknown.allows(0.7, 0.1), "how far the time goes"
+    assert not unknown.allows(0.7, 0.1, 1.0), "how far the time goes"
     assert allowed(judged(math.nan)) == 0 and allowed(judged(math.inf)) == 0
     moments = [0.8 - 0.01 * k for k in range(1, 20)]
     assert allowed(judged(0.0), moments) == MOST
@@ -88,8 +90,8 @@ def test_what_is_not_known_is_not_forecast():
 def test_a_time_evaluated_twice_is_not_forecast_from_itself():
     """Heun's second evaluation is of other latents: reusing the first would be an error that nobody measured."""
     judge = judged(0.0)
-    assert not judge.allows(0.8, 0.0)
-    assert takes(judge, 0.7, 0.1) and not judge.allows(0.7, 0.1)
+    assert not judge.allows(0.8, 0.0, 1.0)
+    assert takes(judge, 0.7, 0.1) and not judge.allows(0.7, 0.1, 1.0)
 
 
 class Guided(ToyDiT):
@@ -108,7 +110,7 @@ def test_a_guidance_scale_is_no_part_of_the_way():
         chipmunk_compile.reset()
         torch.manual_seed(0)
         model = Guided().eval().requires_grad_(False)
-        compiled, _ = compile_toy(model, **EXACT, **{"forecast.tolerance": 3e-3})
+        compiled, _ = compile_toy(model, **EXACT, **{"forecast.tolerance": 2e-2})
         guidance = torch.full((1,), scale)
         with torch.no_grad():
             for inputs in Loop(steps=STEPS):
@@ -139,24 +141,25 @@ def test_a_line_is_forecast_as_far_as_it_goes():
     model, loop = linear(), Loop(steps=STEPS)
     outputs, (_, _, forecast) = run(model, loop, **EXACT, **{"forecast.tolerance": 1e-4})
     assert worst(outputs, loop.run(model)) < 1e-5
-    assert forecast >= STEPS - 3 - math.ceil(STEPS / MOST)
+    # Computed: the first two, one that makes a line, one that proves it, one four gaps on, one behind MOST in a row.
+    assert forecast == STEPS - 6
 
 
 @pytest.mark.usefixtures("uncompiled")
 def test_the_tolerance_is_kept_and_buys_speed():
     model, loop, forecasts = toy(), Loop(steps=STEPS), []
     truth = loop.run(model)
-    for tolerance in (1e-6, 1e-3, 3e-3, 1e-2):
+    for tolerance in (1e-5, 1e-2, 2e-2, 6e-2):
         outputs, (_, _, forecast) = run(model, loop, **EXACT, **{"forecast.tolerance": tolerance})
-        left = sum((a - b).norm() / b.norm() / STEPS for a, b in zip(outputs, truth))
-        assert left <= 2 * tolerance * max(1, STEPS - forecast), "about the tolerance for every computed step"
+        errors = [((a - b).norm() / b.norm()).item() for a, b in zip(outputs, truth)]
+        assert max(errors) <= 2 * tolerance * STEPS**0.5, "over a gap of one step, and less over longer ones"
         forecasts.append(forecast)
     assert forecasts[0] == 0 and forecasts == sorted(forecasts) and forecasts[-1] > STEPS // 2
 
 
 @pytest.mark.usefixtures("uncompiled")
 def test_refreshes_are_counted_by_the_steps_that_are_computed():
-    options = {**SPARSE, "schedule.refresh_every": 3, "forecast.tolerance": 3e-3}
+    options = {**SPARSE, "schedule.refresh_every": 3, "forecast.tolerance": 2e-2}
     _, (refresh, delta, forecast) = run(toy(), **options)
     assert refresh + delta + forecast == STEPS and forecast > 3
     # R R d R d d R d d ..
@@ -182,7 +185,7 @@ def pair(**how):
 @pytest.mark.usefixtures("uncompiled")
 def test_streams_of_a_step_are_forecast_together():
     """Errors of two outputs forecast alike cancel in the difference that guidance multiplies."""
-    compiled = acquainted(toy(), **EXACT, **{"forecast.tolerance": 3e-3})
+    compiled = acquainted(toy(), **EXACT, **{"forecast.tolerance": 2e-2})
     for _ in range(2):
         _, ran = guided(compiled, pair(steps=STEPS))
         assert all(forecast in (0, 2) for _, _, forecast in ran)
@@ -203,7 +206,7 @@ def test_what_other_ranks_decide_holds_for_all_streams(monkeypatch, whole):
 
     monkeypatch.setattr("chipmunk_compile.runner.ranks_of", lambda gm: Overruling())
     between = {"forecast.refresh_every": 1} if whole else {}
-    compiled = acquainted(toy(), **EXACT, **{"forecast.tolerance": 3e-3}, **between)
+    compiled = acquainted(toy(), **EXACT, **{"forecast.tolerance": 2e-2}, **between)
     wished.clear()
     _, ran = guided(compiled, pair(steps=STEPS))
     assert Program.FORECAST in wished[::2], "the first stream of a step might have been"
@@ -237,7 +240,7 @@ def test_a_stream_hard_to_forecast_holds_the_other_up():
 @pytest.mark.usefixtures("uncompiled")
 def test_a_stream_that_is_called_no_more_holds_nobody_up():
     """Guidance over a part of the steps: the unconditional calls end, or begin later."""
-    compiled = acquainted(toy(), **EXACT, **{"forecast.tolerance": 3e-3})
+    compiled = acquainted(toy(), **EXACT, **{"forecast.tolerance": 2e-2})
     for streams in (lambda step: (0, 1) if step < 8 else (0,), lambda step: (0, 1) if step >= 8 else (0,)):
         _, ran = guided(compiled, pair(steps=STEPS), streams)
         alone = [sum(programs) == 1 for programs in ran]
@@ -247,7 +250,7 @@ def test_a_stream_that_is_called_no_more_holds_nobody_up():
 
 @pytest.mark.usefixtures("uncompiled")
 def test_generations_are_judged_anew():
-    options = {**SPARSE, "forecast.tolerance": 3e-3}
+    options = {**SPARSE, "forecast.tolerance": 2e-2}
     loop = Loop(seed=1, steps=STEPS)
     alone = run(toy(), loop, **options)[0]
     compiled = acquainted(toy(), **options)

@@ -1,5 +1,6 @@
 """The rules of forecasts that are held against one another."""
 
+import json
 import math
 
 import pytest
@@ -8,42 +9,45 @@ import torch
 from benchmarks.quality import rules
 from chipmunk_compile.config import ForecastOptions
 from chipmunk_compile.forecast import History
+from chipmunk_compile.judge import Arriving, Judge
 
 
-def test_between_two_tolerances():
-    points = [(4.0, 20.0), (1.0, 40.0), (2.0, 30.0)]
-    assert rules.at(points, 2.0) == 30.0 and rules.at(points, math.sqrt(2)) == pytest.approx(35.0)
-    assert rules.at(points, 5.0) is None and rules.at([], 2.0) is None
+def test_a_line_through_what_lies_near():
+    points = [(count, 20.0 + 10.0 * math.log(count)) for count in (6.0, 6.5, 7.0, 8.0)]
+    assert rules.near(points, 7.0) == pytest.approx(20.0 + 10.0 * math.log(7.0))
+    assert rules.near(points, 14.0) is None and rules.near([], 7.0) is None
 
 
-def test_a_fading_trend_is_found_from_one_gap_and_holds_at_another():
-    assert all(rules._faded(rules._inverse(share)) == pytest.approx(share) for share in (0.05, 0.5, 1.0, 1.2))
-    rate, slope = 3.0, -2.0
-    history = rules.RULES["fading with the gap"](0.5)
-
-    def output(moment: float) -> list[torch.Tensor]:
-        """Ahead of 0.9 a line; behind it the slope fades."""
-        gone = 0.9 - moment
-        return [torch.full((4,), 1.0 + slope * (-math.expm1(-rate * gone) / rate if gone > 0 else gone))]
-
-    for moment in (1.0, 0.9):
-        history.record(moment, output(moment), 1.0)
-    history.told = None
-    told = history._compare(0.8, output(0.8))
-    history.told, history.judge._gap = rules.Arriving(told), 0.1
-    assert history.forecast(0.6)[0].allclose(output(0.6)[0], atol=1e-4)
+def test_costs_agree_over_a_sixteenth_of_the_way_and_part_beyond():
+    longer = []
+    for kind in (rules.ErrorAlone, Judge, rules.LeftInLatents):
+        assert kind(0.5)._cost(0.1, 1 / 16) == pytest.approx(0.025)
+        longer.append(kind(0.5)._cost(0.1, 1 / 4))
+    assert longer == sorted(longer) and longer[0] < longer[1] < longer[2]
 
 
-def test_reuse_tells_what_the_first_line_may_miss():
-    early, later = rules.RULES["from the third step on"](0.5), History(ForecastOptions(tolerance=0.5))
-    for history in (early, later):
-        for moment in (1.0, 0.9):
-            history.record(moment, [torch.full((4,), moment)], 1.0)
-    assert early.reaches(0.8) and not later.reaches(0.8)
+def test_a_line_from_noise_begins_with_the_first_output():
+    for kind, told in ((History, 2.0), (rules.FromNoise, 3.0)):
+        history = kind(ForecastOptions(repay=True))
+        for step in (0, 1):
+            history.record(1.0 - 0.1 * step, [torch.full((2,), 1.0 + step)], 1.0, step)
+        assert history.forecast(0.8)[0].tolist() == pytest.approx([told, told])
 
 
-def test_all_rules_run(capsys):
-    rules.main(["--tiny", "--steps", "12", "--clips", "2", "--tolerance", "0.004", "0.03", "0.2"])
-    lines = capsys.readouterr().out.splitlines()
-    assert [line.split(" | ")[0].strip("| ") for line in lines[2:]] == list(rules.RULES)
-    assert any(cell.strip().replace(".", "").isdigit() for cell in lines[2].split("|")[2:])
+def test_a_first_error_is_believed_of_any_gap_or_of_four():
+    for kind, allowed in ((Judge, False), (rules.AnyDistance, True)):
+        judge = kind(0.5)
+        judge.weigh(1.0, None, None, 1.0)
+        judge.weigh(0.9, 0.1, Arriving(torch.tensor([0.0])), 1.0)
+        assert judge.allows(0.4, 0.5, 1.0) is allowed
+
+
+def test_all_rules_run(capsys, tmp_path):
+    path = tmp_path / "rows.json"
+    short = ["--model", "image", "--steps", "9", "--clips", "2", "--tolerances", "3"]
+    rules.main(["--tiny", *short, "--output", str(path)])
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
+    names = [line.split(" | ")[0].strip("| ") for line in lines[2:]]
+    assert names == ["fewer steps", *rules.RULES, *rules.FIXED]
+    rows = json.loads(path.read_text())
+    assert {row["rule"] for row in rows} == set(names) and all(0 < row["computed"] <= 9 for row in rows)

@@ -32,7 +32,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=28)
     parser.add_argument("--pictures", type=int, default=2)
     parser.add_argument("--guidance", type=float, nargs="+", default=[2.5, 6.0])
-    parser.add_argument("--tolerance", type=float, nargs="+", default=[0.001, 0.004, 0.016])
+    parser.add_argument("--tolerance", type=float, nargs="+", default=[0.008, 0.02, 0.06])
     parser.add_argument("--order", type=int, default=1, choices=(0, 1, 2), help="of the forecasts")
     args = parser.parse_args()
     subject = replace(IMAGE, size=args.size)

@@ -38,19 +38,20 @@ def chipmunk(model: torch.nn.Module, **options: Any) -> Method:
 
 def quick_methods(model: torch.nn.Module, dense: Callable, steps: int) -> list[Method]:
     """The shipped model's table: each preset, its control, and each rival at a few speeds."""
-    methods = [chipmunk(model, preset=preset) for preset in ("quality", "balanced", "fast")]
+    methods = [chipmunk(model, preset=preset) for preset in ("quality", "balanced", "fast", "draft")]
     methods.append(chipmunk(model, schedule__refresh_every=5))  # deltas alone
     methods.append(chipmunk(model, schedule__refresh_every=5, attention__sparsity=1.0, mlp__sparsity=1.0))
     methods.append(chipmunk(model, schedule__compute_every=2, schedule__refresh_every=2))
     dense_steps = {"attention__sparsity": None, "mlp__sparsity": None}
     for every, order in ((2, 2), (3, 1)):
         methods.append(chipmunk(model, **dense_steps, schedule__compute_every=every, forecast__order=order))
-    for tolerance in (0.002, 0.008):
+    for tolerance in (0.005, 0.012):
         methods.append(chipmunk(model, forecast__tolerance=tolerance))
-    methods.append(chipmunk(model, forecast__tolerance=0.004, forecast__refresh_every=2))
-    for fewer in (steps * 2 // 3, steps // 2):
+    methods.append(chipmunk(model, forecast__tolerance=0.02, forecast__refresh_every=2))
+    for fewer in (steps * 2 // 3, steps // 2, steps // 3, steps // 4):
         methods.append(Method("fewer steps", {"steps": fewer}, lambda: dense, fewer))
-    methods.append(Method("step reuse", {"every": 2}, lambda: StepReuse(dense, 2)))
+    for every in (2, 4):
+        methods.append(Method("step reuse", {"every": every}, lambda e=every: StepReuse(dense, e)))
     for every, order in ((2, 1), (2, 2), (3, 1)):
         setting = {"every": every, "order": order}
         methods.append(Method("Taylor steps", setting, lambda e=every, o=order: TaylorSteps(dense, e, o)))

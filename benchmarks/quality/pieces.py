@@ -30,7 +30,7 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=128, help="pixels a side")
     parser.add_argument("--steps", type=int, default=28)
     parser.add_argument("--pictures", type=int, default=2)
-    parser.add_argument("--preset", nargs="+", default=["quality", "balanced", "fast"])
+    parser.add_argument("--preset", nargs="+", default=["quality", "balanced", "fast", "draft"])
     args = parser.parse_args()
     frontier.allow_many_programs()
     subject = replace(SUBJECTS[args.model], size=args.size)

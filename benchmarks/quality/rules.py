@@ -1,103 +1,73 @@
 """The rules by which steps are forecast, and those that were tried in their place.
 
-    python -m benchmarks.quality.rules --model video --checkpoint FOLDER [--steps 28] [--clips 12] [--only NAME ...]
+    python -m benchmarks.quality.rules --model video image --checkpoint FOLDER [--steps 28] [--clips 8] [--only RULE ..]
+    python -m benchmarks.quality.rules --model shipped [--steps 28]
 
-A trained model (`python -m benchmarks.quality.train`) denoises with each rule at several tolerances; prints the PSNR
-against every step computed, at 1/2, 1/3, .. as many computed steps, between the nearest two tolerances. Nothing
-is timed. On a GPU in bfloat16, compiled; on a CPU in float32, as it is (with --tiny, that it runs).
+Models that `python -m benchmarks.quality.train` left in FOLDER/<model>, and the shipped one (examples/tiny_dit), run
+with each rule at many tolerances, or computing every so many steps. Prints the PSNR against every step computed, at so
+many computed steps: a line through what lies near, since a single placement may be lucky. Nothing is timed. On a GPU in
+bfloat16; on a CPU in float32 (with --tiny, that it runs).
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import math
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
+from torch import Tensor
 from tqdm.auto import tqdm
 
-from benchmarks.models_timing import fastest_sdpa
 from chipmunk_compile.config import ForecastOptions
 from chipmunk_compile.forecast import History
-from chipmunk_compile.judge import Arriving, Judge
+from chipmunk_compile.judge import Judge
 
-from . import checkpoints, metrics
-from .sampling import captions, generate, pictures_of, starting_noise
-from .sdpa import inference_sdpa
-from .simulated import Simulated
-from .subjects import SUBJECTS, tiny
+from .simulated_models import MODELS, Model
 
-TOLERANCES = (0.0005, 0.001, 0.002, 0.004, 0.008, 0.016, 0.03, 0.06, 0.12, 0.2)
-SPEEDS = (1.5, 2.0, 2.5, 3.0, 3.5, 4.0, 4.5)
+COUNTS = (5, 6, 7, 8, 9, 10, 12, 14, 16, 18)  # computed steps that are printed
+EVERY = (2, 3, 4, 5, 6, 7, 8)
+NEAR = 0.1  # in the logarithm of the number of computed steps
 
 
-class Slower(Judge):
-    """Errors are taken to grow with the gap itself, not with its square."""
-
-    def _left_after(self, moment: float, gap: float) -> float:
-        judged = super()._left_after(moment, gap) - self._left
-        return self._left + judged / (gap / self._gap) ** self.order if self._gap and gap else math.inf
+class ErrorAlone(Judge):
+    def _cost(self, error: float, share: float) -> float:
+        return 0.25 * error
 
 
-class Early(History):
-    """With two steps computed, a forecast may follow: by what reusing the first would have missed at the second."""
+class LeftInLatents(Judge):
+    """What a gap's error adds up to in the latents."""
 
-    def record(self, moment: float, outputs: Sequence[torch.Tensor], span: float = 0.0) -> None:
-        if len(self.moments) != 1:
-            return super().record(moment, outputs, span)
-        before, gap = self.outputs[0], abs(moment - self.moments[0])
+    def _cost(self, error: float, share: float) -> float:
+        return 4.0 * error * share
+
+
+class AnyDistance(Judge):
+    """The first error, seen over one step, is believed of any gap."""
+
+    farthest = math.inf
+
+
+class FromNoise(History):
+    """The first output, made from noise alone, is part of the first line."""
+
+    def record(self, moment: float, outputs: Sequence[Tensor], span: float = 0.0, step: int = 0) -> None:
         super().record(moment, outputs, span)
-        missed = sum((a.float() - b).square().sum() for a, b in zip(outputs, before))
-        reused = (missed / sum(a.float().square().sum() for a in outputs)).sqrt()
-        self.judge.computed -= 1
-        self.judge.weigh(moment, gap, Arriving(reused.view(1)), span)
 
 
-class Fading(History):
-    """What a forecast adds fades with how far it reaches, as a damped trend does (Gardner and McKenzie): the rate comes
-    from what came true at the last gap."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self._rate: float | None = None
-        self._gap = 0.0
-
-    def forecast(self, moment: float) -> list[torch.Tensor]:
-        self._gap = abs(moment - self.moments[-1])
-        return super().forecast(moment)
-
-    def _compare(self, moment: float, outputs: Sequence[torch.Tensor]) -> torch.Tensor:
-        self._gap = abs(moment - self.moments[-1])
-        return super()._compare(moment, outputs)
-
+class Undamped(History):
     def damping(self) -> list[float] | None:
-        if self.told is not None:
-            rate = _inverse(self.told.values[1]) / self.judge._gap
-            self._rate, self.told = rate if self._rate is None else (rate + self._rate) / 2, None
-        return None if self._rate is None else [_faded(self._rate * self._gap)] * len(self.outputs[-1])
-
-
-def _faded(reach: float) -> float:
-    """The mean of exp(-x) from 0 to `reach`."""
-    return 1.0 if abs(reach) < 1e-6 else -math.expm1(-reach) / reach
-
-
-def _inverse(share: float) -> float:
-    """Where `_faded` is `share`, by bisection."""
-    low, high = -0.7, 40.0
-    for _ in range(50):
-        middle = (low + high) / 2
-        low, high = (middle, high) if _faded(middle) > share else (low, middle)
-    return (low + high) / 2
+        self._lesson = None
+        return None
 
 
 def _made(kind: type[History] = History, judge: type[Judge] = Judge, **options) -> Callable[[float], History]:
     def make(tolerance: float) -> History:
-        asked = ForecastOptions(**{"order": 1, "repay": True, **options}, tolerance=tolerance)
-        history = kind(asked)
-        history.judge = judge(tolerance, asked.order)
+        history = kind(ForecastOptions(**{"order": 1, "repay": True, **options}, tolerance=tolerance))
+        history.judge = judge(tolerance)
         return history
 
     return make
@@ -106,75 +76,80 @@ def _made(kind: type[History] = History, judge: type[Judge] = Judge, **options) 
 # Each makes the history of one stream, for a tolerance.
 RULES = {
     "as it is": _made(),
+    "error alone": _made(judge=ErrorAlone),
+    "left in latents": _made(judge=LeftInLatents),
+    "any distance": _made(judge=AnyDistance),
+    "line from noise": _made(FromNoise),
+    "undamped": _made(Undamped),
     "not repaid": _made(repay=False),
     "reuse": _made(order=0),
     "parabola": _made(order=2),
-    "errors grow with the gap": _made(judge=Slower),
-    "from the third step on": _made(Early),
-    "fading with the gap": _made(Fading),
+}
+# The same, where one step in so many is computed: nothing is judged.
+FIXED = {
+    "every few steps": lambda: History(ForecastOptions(order=1, repay=True)),
+    "every few, reused": lambda: History(ForecastOptions(order=0, repay=True)),
+    "every few, undamped": lambda: Undamped(ForecastOptions(order=1, repay=True)),
 }
 
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", choices=SUBJECTS, default="video")
-    parser.add_argument("--checkpoint", type=Path, help="folder of the weights; with --tiny, none are read")
+    parser.add_argument("--model", nargs="+", choices=MODELS, default=["shipped"])
+    parser.add_argument("--checkpoint", type=Path, help="a folder of folders of weights")
     parser.add_argument("--steps", type=int, default=28)
-    parser.add_argument("--clips", type=int, default=12)
-    parser.add_argument("--tolerance", type=float, nargs="+", default=TOLERANCES)
-    parser.add_argument("--only", nargs="*", choices=RULES, default=list(RULES))
-    parser.add_argument("--tiny", action="store_true", help="a model of no weights worth anything, on the CPU")
+    parser.add_argument("--clips", type=int, default=8)
+    parser.add_argument("--tolerances", type=int, default=15, help="so many, from 0.005 to 0.2")
+    parser.add_argument("--only", nargs="*", choices=[*RULES, *FIXED, "fewer steps"])
+    parser.add_argument("--output", type=Path, help="a JSON file of all that was run")
+    parser.add_argument("--tiny", action="store_true", help="models of no weights worth anything, on the CPU")
     args = parser.parse_args(arguments)
-    if args.checkpoint is None and not args.tiny:
-        parser.error("--checkpoint is needed")
-    denoise, dense = _loop(args)
-    print(" | ".join(["| rule", *(f"{speed:g}x" for speed in SPEEDS)]) + " |\n" + "|---" * (len(SPEEDS) + 1) + "|")
-    for name in args.only:
-        points = []
-        for tolerance in tqdm(args.tolerance, desc=name, unit="tolerance", leave=False, file=sys.stderr):
-            pictures, computed = denoise(lambda t=tolerance, n=name: RULES[n](t))
-            points.append((args.steps / computed, metrics.psnr(pictures, dense).mean().item()))
-        cells = [f"{value:.1f}" if (value := at(points, speed)) is not None else "" for speed in SPEEDS]
-        print(f"| {name} | {' | '.join(cells)} |", flush=True)
+    tolerances = [0.005 * 40.0 ** (k / max(1, args.tolerances - 1)) for k in range(args.tolerances)]
+    rows = []
+    with torch.no_grad():
+        for name in args.model:
+            model = MODELS[name](args.checkpoint and args.checkpoint / name, args.clips, args.tiny)
+            print(f"| {name}, computed of {args.steps} | " + " | ".join(map(str, COUNTS)) + " |")
+            print("|---" * (len(COUNTS) + 1) + "|", flush=True)
+            for rule, points in _points(model, args.steps, tolerances):
+                if args.only and rule not in args.only:
+                    continue
+                bar = tqdm(points, desc=f"{name}: {rule}", unit="setting", leave=False, file=sys.stderr)
+                found = [(setting, *run()) for setting, run in bar]
+                rows += [
+                    {"model": name, "rule": rule, "steps": args.steps, "setting": s, "computed": n, "psnr": p, "at": at}
+                    for s, p, n, at in found
+                ]
+                curve = [(computed, psnr) for _, psnr, computed, _ in found]
+                cells = [f"{value:.1f}" if (value := near(curve, count)) is not None else "" for count in COUNTS]
+                print(f"| {rule} | {' | '.join(cells)} |", flush=True)
+    if args.output:
+        args.output.write_text(json.dumps(rows, indent=1) + "\n")
 
 
-def _loop(args: argparse.Namespace) -> tuple[Callable, torch.Tensor]:
-    """(what denoises with a rule: pictures, and steps computed; the pictures of all steps computed)."""
-    on_gpu = torch.cuda.is_available() and not args.tiny
-    device, dtype = torch.device("cuda" if on_gpu else "cpu"), torch.bfloat16 if on_gpu else torch.float32
-    subject = tiny(SUBJECTS[args.model]) if args.tiny else SUBJECTS[args.model]
-    torch.manual_seed(0)
-    model = subject.build().eval() if args.tiny else checkpoints.load_weights(args.checkpoint, device, dtype)
-    called, batch = torch.compile(model, dynamic=False) if on_gpu else model, subject.measured
-    sdpa = inference_sdpa(subject, batch, device)[0] if on_gpu else None
-    count = max(1, args.clips // batch) * batch
-    noise = starting_noise(subject, count, 1, device)
-    text = captions(subject, count, 1).to(device, dtype)
-
-    def call(**inputs) -> tuple[torch.Tensor]:
-        if sdpa is None:
-            return called(**inputs)
-        with fastest_sdpa(sdpa):
-            return called(**inputs)
-
-    def denoise(history: Callable[[], History] | None) -> tuple[torch.Tensor, float]:
-        pictures, computed = [], 0
-        for some, words in zip(noise.split(batch), text.split(batch)):
-            streams = Simulated(call, history) if history is not None else call
-            pictures.append(pictures_of(generate(streams, subject, some, words, args.steps, dtype)))
-            computed += streams.computed / 2 if history is not None else args.steps
-        return torch.cat(pictures), computed / len(pictures)
-
-    return denoise, denoise(None)[0]
+def _points(model: Model, steps: int, tolerances: Sequence[float]):
+    """(rule, [(setting, what runs it)])"""
+    few = [n for n in COUNTS if n < steps]
+    yield "fewer steps", [(n, lambda n=n: model.fewer(n, steps)) for n in few]
+    for rule, make in RULES.items():
+        yield rule, [(t, lambda t=t, make=make: model.judged(lambda: make(t), steps)) for t in tolerances]
+    for rule, make in FIXED.items():
+        yield rule, [(e, lambda e=e, make=make: model.fixed(make, range(1, steps, e), steps)) for e in EVERY]
 
 
-def at(points: Sequence[tuple[float, float]], speed: float) -> float | None:
-    """Between the two of (speed, decibels) that are nearest; None beyond them."""
-    points = sorted(points)
-    for (slow, much), (fast, little) in zip(points, points[1:]):
-        if slow <= speed <= fast:
-            return much + (little - much) * (math.log(speed / slow) / math.log(fast / slow) if fast > slow else 0.0)
-    return None
+def near(points: Sequence[tuple[float, float]], count: float) -> float | None:
+    """Decibels at that many computed steps, by a line through points (computed steps, decibels) that lie near; None
+    where none do."""
+    far = [math.log(computed / count) for computed, psnr in points]
+    weights = [math.exp(-((x / NEAR) ** 2) / 2) for x in far]
+    total = sum(weights)
+    if total < 0.9:
+        return None
+    middle = sum(w * x for w, x in zip(weights, far)) / total
+    mean = sum(w * psnr for w, (_, psnr) in zip(weights, points)) / total
+    spread = sum(w * (x - middle) ** 2 for w, x in zip(weights, far))
+    along = sum(w * (x - middle) * (psnr - mean) for w, x, (_, psnr) in zip(weights, far, points))
+    return mean - middle * (along / spread if spread > 1e-6 else 0.0)
 
 
 if __name__ == "__main__":

@@ -62,30 +62,29 @@ class Builder:
     def _first(self, steps: int) -> Iterator[Method]:
         """Presets, and what needs no compiling."""
         yield Method("dense again", {}, lambda: self.dense)
-        for preset in ("balanced", "quality", "fast"):
+        for preset in ("balanced", "quality", "fast", "draft"):
             yield self.ours(preset=preset)
         for every, order in ((2, 1), (2, 2), (3, 1), (3, 2), (4, 1), (4, 2), (5, 1), (6, 1)):
             yield self._streams("Taylor steps", {"every": every, "order": order},
                                 lambda e=every, o=order: TaylorSteps(self.dense, e, o))  # fmt: skip
-        for every in (2, 3, 4):
+        for every in (2, 3, 4, 5, 6):
             yield self._streams("step reuse", {"every": every}, lambda e=every: StepReuse(self.dense, e))
-        for share in (0.75, 0.5, 0.33, 0.2):
+        for share in (0.75, 0.5, 0.33, 0.25, 0.2, 0.167):
             yield Method("fewer steps", {"share": share}, lambda: self.dense, max(2, round(share * steps)))
 
     def _ours_judged(self) -> Iterator[Method]:
-        """Forecasts as far as they prove good, and for the highest speeds every few steps."""
-        for tolerance in (0.0005, 0.002, 0.008, 0.03, 0.06):  # 0.001, 0.004 and 0.016 are presets
+        """Forecasts as far as they prove good, and for the highest speeds all but every few steps."""
+        for tolerance in (0.005, 0.012, 0.03, 0.1):  # 0.008, 0.02 and 0.06 are presets
             yield self.ours(forecast__tolerance=tolerance)
-        for every in (4, 5, 6):  # few computed steps, far apart: no line reaches that far
-            yield self.ours(schedule__compute_every=every, schedule__warmup=1, forecast__order=0,
-                            forecast__repay=True, forecast__refresh_every=1)  # fmt: skip
-        for tolerance in (0.001, 0.004):
+        for every in (4, 5, 8):  # 6 is a preset
+            yield self.ours(schedule__compute_every=every, forecast__repay=True, forecast__refresh_every=1)
+        for tolerance in (0.008, 0.02):
             yield self.ours(forecast__tolerance=tolerance, forecast__repay=False)
 
     def _ours_combined(self) -> Iterator[Method]:
         """Forecasts at fixed steps, and sparse deltas between them, and between those that are judged."""
         for refresh in (2, 3):
-            for tolerance in (0.001, 0.004, 0.016):
+            for tolerance in (0.008, 0.02, 0.06):
                 yield self.ours(mlp__sparsity=None, schedule__refresh_every=refresh, forecast__tolerance=tolerance,
                                 forecast__repay=True)  # fmt: skip
         for every, order in ((2, 2), (3, 1), (3, 2), (4, 1), (4, 2)):
