@@ -155,6 +155,7 @@ class InferredClock(Clock):
         self.conditioning: set[int] = set()
         self._remade: set[int] = set()  # conditioning that is a new object, of the same content, at every step
         self._memory: deque[Evidence] = deque(maxlen=MEMORY)
+        self._on_death: list[Callable[[weakref.ref], None]] = []  # of an input, by position
         self._direction = 0.0
         self._interleaved = False
         self._restless = 0
@@ -175,8 +176,9 @@ class InferredClock(Clock):
         read(positions) -> (times, fingerprints): the timestep as numbers, and a few numbers for each of the inputs
         asked for (those not seen before). This is the one device read of a forward.
         """
+        self._on_death += map(self._releases, range(len(self._on_death), len(inputs)))
         evidence = Evidence(inputs, self._on_death)
-        evidence.recall(reversed(self._memory))
+        evidence.recall(self._memory)
         unknown = [p for p in range(len(inputs)) if p not in evidence.prints]
         self.expected = self._expect(evidence)
         times, prints = read(unknown)
@@ -248,12 +250,15 @@ class InferredClock(Clock):
     def _learn(self, evidence: Evidence) -> bool:
         """Whether an input proved to be conditioning just now: it recurs at another time."""
         before = len(self.conditioning)
-        for position in set(range(len(evidence))) - self.latents - self._remade:
+        memory = [past for past in self._memory if past.time != evidence.time]
+        for position in range(len(evidence)):
+            if position in self.latents or position in self._remade:
+                continue
             known = position in self.conditioning
-            for past in self._memory:
+            for past in memory:
                 gone = past.is_gone(position)
                 # Of what is known to recur, only whether it does as another object is still to be learned.
-                if past.time == evidence.time or (known and not gone) or not evidence.same(past, position):
+                if (known and not gone) or not evidence.same(past, position):
                     continue
                 # Zeros of one step are like those of any other: what is switched off (a control) may yet be on.
                 if not evidence.same_object(past, position) and not any(evidence.prints[position]):
@@ -345,7 +350,7 @@ class InferredClock(Clock):
         return self._restless <= RESTLESS
 
     def _changes(self, past: Evidence, evidence: Evidence) -> tuple[int, int, float]:
-        return past.changes(evidence, set(range(len(evidence))) - self.conditioning)
+        return past.changes(evidence, [p for p in range(len(evidence)) if p not in self.conditioning])
 
     def _next_generation(self) -> None:
         if self._so_far:
@@ -377,7 +382,7 @@ class InferredClock(Clock):
         stream.release()
         self._suspended = [*self._suspended, stream][-MAX_STREAMS:]
 
-    def _on_death(self, position: int) -> Callable[[weakref.ref], None]:
+    def _releases(self, position: int) -> Callable[[weakref.ref], None]:
         """When the caller drops a prompt embedding, its stream can never be called again."""
         clock = weakref.ref(self)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import repeat
 
 import torch
 from torch.utils._pytree import tree_leaves
@@ -24,9 +25,10 @@ Reader = Callable[[Sequence[int]], tuple[Times, dict[int, Fingerprint]]]
 class Evidence:
     """One call: its time, and for each input the object (weakly), its version and its fingerprint."""
 
-    def __init__(self, inputs: Inputs, on_death: Callable[[int], Callable] | None = None) -> None:
+    def __init__(self, inputs: Inputs, on_death: Iterable[Callable | None] = repeat(None)) -> None:
+        """on_death: called when the input goes, by position."""
         self.at((math.nan,))
-        self.objects = [weakref.ref(t, on_death(p) if on_death else None) for p, t in enumerate(inputs)]
+        self.objects = list(map(weakref.ref, inputs, on_death))
         self.versions = [_version(t) for t in inputs]
         self.prints: dict[int, Fingerprint] = {}
 
@@ -44,12 +46,11 @@ class Evidence:
         moved = [(then, now) for then, now in zip(first, self.times) if then != now]
         return abs(sum(then if now < then else max((1.0 if now <= 1.0 else 1000.0) - then, 0.0) for then, now in moved))
 
-    def recall(self, past: Iterable[Evidence]) -> None:
-        """Takes the fingerprints of inputs that were seen before from calls in the `past`, the last one first."""
-        past = list(past)
+    def recall(self, past: Sequence[Evidence]) -> None:
+        """Takes the fingerprints of inputs that were seen before from calls in the `past`, the last one last."""
         for position, reference in enumerate(self.objects):
             mine = reference()
-            for other in past:
+            for other in reversed(past):
                 if position < len(other.objects) and other.objects[position]() is mine:
                     version = self.versions[position]
                     if position in other.prints and version is not None and other.versions[position] == version:
@@ -63,14 +64,15 @@ class Evidence:
     def same_object(self, other: Evidence, position: int, looked_into: bool = True) -> bool:
         """Whether an input is the object that it was, unwritten. What was made in inference mode does not tell when it
         is written to: its content does, if that is known already (`looked_into`)."""
-        if position >= len(other) or position >= len(self):
+        if position >= len(other.objects) or position >= len(self.objects):
             return False
         mine = self.objects[position]()
         if mine is None or mine is not other.objects[position]():
             return False
         version = self.versions[position]
-        told = version is not None or not looked_into or self.same_content(other, position)
-        return told and version == other.versions[position]
+        if version is None and looked_into and not self.same_content(other, position):
+            return False
+        return version == other.versions[position]
 
     def same_content(self, other: Evidence, position: int) -> bool:
         mine = self.prints.get(position)
@@ -103,11 +105,15 @@ def _version(tensor: torch.Tensor) -> int | None:
 
 def fingerprint(tensor: torch.Tensor) -> torch.Tensor:
     """Float64 [1 + up to 64]: the sum of the tensor, and evenly spaced elements. Equal for equal contents."""
+    return torch.cat(_sum_and_samples(tensor))  # which makes them all float64
+
+
+def _sum_and_samples(tensor: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     if tensor.is_complex():
         tensor = torch.view_as_real(tensor)
     flat = tensor.detach().flatten()
-    samples = flat[:: max(1, flat.numel() // 64)][:64]
-    return torch.cat([flat.sum(0, keepdim=True, dtype=torch.float64), samples])  # which makes them all float64
+    apart = max(1, flat.numel() // 64)
+    return flat.sum(0, keepdim=True, dtype=torch.float64), flat[: 64 * apart : apart]
 
 
 def call_evidence(args: Sequence, kwargs: Mapping) -> tuple[list[torch.Tensor | float], list[torch.Tensor]]:
@@ -131,25 +137,26 @@ def read_evidence(
     """
     plain = [float(t) for t in times if not isinstance(t, torch.Tensor)]
     parts = [_mean(t) for t in times if isinstance(t, torch.Tensor)]
-    timesteps = len(parts)
-    parts += [fingerprint(inputs[p]) for p in positions]
+    timesteps, ends = len(parts), []
+    for position in positions:
+        total, samples = _sum_and_samples(inputs[position])
+        parts += total, samples
+        ends.append(1 + samples.numel() + (ends[-1] if ends else timesteps))
     if not parts:
         return tuple(plain), {}
     # From the device where most lies: a part on the CPU goes there without waiting for it.
     device = next((p.device for p in parts if p.device.type != "cpu"), parts[0].device)
-    numbers = torch.cat([p.to(device, non_blocking=True) for p in parts])
+    numbers = torch.cat([p if p.device == device else p.to(device, non_blocking=True) for p in parts])
     read = _read_beside(numbers, meanwhile) if meanwhile and device.type in ASYNCHRONOUS else numbers.tolist()
-    prints, at = {}, timesteps
-    for position, part in zip(positions, parts[timesteps:]):
-        prints[position] = tuple(read[at : at + len(part)])
-        at += len(part)
+    begins = [timesteps, *ends]
+    prints = {position: tuple(read[begin:end]) for position, begin, end in zip(positions, begins, ends)}
     return (*plain, *read[:timesteps]), prints
 
 
 def _mean(time: torch.Tensor) -> torch.Tensor:
     """Float64 [1]."""
-    time = time.detach().reshape(-1).double()
-    return time if time.numel() == 1 else time.mean(0, keepdim=True)
+    time = time.detach().reshape(-1)
+    return time.double() if time.numel() == 1 else time.mean(0, keepdim=True, dtype=torch.float64)
 
 
 class TimesRead:

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import logging
-import math
 import sys
 import threading
 import weakref
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from operator import itemgetter
@@ -21,9 +20,8 @@ from .clock import Clock, InferredClock, Stream, Tick
 from .config import Config
 from .counting import CountedClock
 from .evidence import Inputs, Reader, Times
-from .judge import Arriving
 from .passes.reasons import Reason
-from .prediction import NEAR, NoisePrediction, distance, is_noise_of
+from .prediction import SHORTEST, TIMESTEPS, FirstLook, NoisePrediction, is_noise_of
 from .schedule import Program
 from .state import Owner, Reserve
 
@@ -51,7 +49,7 @@ class Forward:
     can_forecast: bool = True  # all with layers can
     due: Program | None = None  # what all of them run, once the first one settled it; None where each is by itself
     layers: int = 0  # that those held
-    occurrences: Counter = field(default_factory=Counter)  # by owner
+    occurrences: dict[frozenset[int], int] = field(default_factory=dict)  # by the key of the owner
 
 
 class Root:
@@ -73,7 +71,7 @@ class Root:
         self.wanted = False  # a graph with sites found no clock
         self.over_budget = False  # what its pieces' forecasts would remember is
         self.prediction: NoisePrediction | None = None  # of a model that predicts noise, once that is known
-        self._distance: Arriving | None = None  # of an output from the latents, on its way
+        self._look: FirstLook | None = None  # at an output, until it is known what that is
         self._warned = False
         self._counted: CountedClock | None = None
         self._leader: frozenset[int] | None = None
@@ -110,7 +108,7 @@ class Root:
         """Whether the forward that this thread is in, or was in last, was one call of `owner` until now."""
         forward = self.forward
         alone = self.whole and forward is not None and forward.calls == 1 and not forward.blind
-        return alone and forward.begun_by == owner.key
+        return alone and _are_equal(forward.begun_by, owner.key)
 
     @property
     def is_one_call(self) -> bool:
@@ -119,10 +117,11 @@ class Root:
         Where graphs of different parameters that receive the timestep take turns, none of them is: one hands on what
         the other needs, perhaps.
         """
-        recent = tuple(self._recent)
-        alike = all(_are_alike(past, self.forward) for past in recent if past.layers or past.calls)
-        only = self._last is None or self._last.calls == 1
-        return self.whole and alike and only and self.forward.calls == 0
+        forward, last = self.forward, self._last
+        only = forward.calls == 0 and (last is None or last.calls == 1)
+        if not self.whole or not only:
+            return False
+        return all(_are_alike(past, forward) for past in tuple(self._recent) if past.layers or past.calls)
 
     @property
     def is_of_pieces(self) -> bool:
@@ -131,14 +130,16 @@ class Root:
         To be asked in the call of a graph that has layers. Those of others that begin a forward are none of these
         pieces' forwards; where two that have some do, nothing tells that they are forecast in the same steps.
         """
-        known = [*(past for past in tuple(self._recent) if past.layers), self.forward]
-        together = all(forward.can_forecast and _are_alike(forward, self.forward) for forward in known)
+        forward = self.forward
+        known = [*(past for past in tuple(self._recent) if past.layers), forward]
+        together = all(past.can_forecast and _are_alike(past, forward) for past in known)
         return together and not self.is_one_call and not self.over_budget
 
     @property
     def is_last_piece(self) -> bool:
         """Whether this is the last call of a forward that can be forecast, as in the one before."""
-        return self._last is not None and self.forward.pieces == self._last.pieces
+        last = self._last
+        return last is not None and self.forward.pieces == last.pieces
 
     def forget(self) -> None:
         """No forward before this one counts any more."""
@@ -155,19 +156,19 @@ class Root:
         before = self.forward
         if before is not None:
             self._recent.append(before)
+        if self._look is not None:
+            self._look.follow(inputs)
         if isinstance(clock, InferredClock):
             clock.course = self.course
-        elif self._distance is not None and self.counted is not None:
-            self.course((), (math.nan,))
+        elif self.counted is not None and self.counted.steps:
+            self._decide(1.0 / (SHORTEST * self.counted.steps))
         tick = clock.tick(inputs, read)
         begun_by = owner.key if owner is not None else None
         forward = self._running.forward = Forward(tick, clock, self._epoch, begun_by)
-        alike = [past for past in reversed(self._recent) if _are_alike(past, forward)]
-        of_stream = (past for past in alike if past.tick.stream is tick.stream)
-        self._running.last = next(of_stream, alike[0] if alike else None)
+        self._running.last = self._most_like(forward)
         # Two calls alike, one graph of several sees: guidance whose prompts go to other graphs, maybe. Until a call
         # follows that is not repeated, nothing tells its stream.
-        if before is not None and owner is not None and set(before.occurrences) - {owner.key}:
+        if before is not None and owner is not None and before.occurrences.keys() - {owner.key}:
             forward.blind = tick.repeats or (before.tick.repeats and before.blind)
         if forward.blind:
             tick.stream.states.clear()
@@ -175,10 +176,25 @@ class Root:
                 self._warned = True
                 log.warning("%s: the graph that receives the timestep cannot tell calls apart", Reason.NO_CLOCK.value)
 
+    def _most_like(self, forward: Forward) -> Forward | None:
+        """The last complete forward like this one: of its stream, if there is any."""
+        found = None
+        for past in reversed(self._recent):
+            if _are_alike(past, forward):
+                if past.tick.stream is forward.tick.stream:
+                    return past
+                found = found or past
+        return found
+
     def look_at(self, output: torch.Tensor, latents: torch.Tensor) -> None:
         """A model's output at the first step of a generation: does it predict the noise in its latents?"""
-        if self.prediction is None:
-            self._distance = Arriving(distance(output, latents))
+        forward = self.forward
+        if self.prediction is not None or forward is None or forward.tick.stream.last is None:
+            return
+        objects = forward.tick.stream.last.objects
+        position = next((p for p, reference in enumerate(objects) if reference() is latents), None)
+        if position is not None:
+            self._look = FirstLook(output, latents, position)
 
     def look_among(self, outputs: Iterable[Any]) -> None:
         """The same where the model runs in pieces: any of what they return may be its output."""
@@ -194,12 +210,20 @@ class Root:
     def course(self, times: Times, first: Times) -> tuple[float, float] | None:
         """As `Clock.course`: by the share of noise, where that is what the model predicts. Not at the first step at
         which that is looked at: which input is the timestep shows at the second."""
-        if self._distance is not None and times != first:
-            (found,), self._distance = self._distance.values, None
-            if found < NEAR:
-                self.prediction = NoisePrediction()
-                log.info("the model predicts noise: steps are forecast as the velocity that its output stands for")
+        moved = next(((then, now) for then, now in zip(first, times) if then != now), None)
+        if self._look is not None and moved is not None:
+            then, now = moved
+            self._decide(abs(now - then) / (1.0 if max(moved) <= 1.0 else TIMESTEPS))
         return self.prediction.course(times, first) if self.prediction is not None else None
+
+    def _decide(self, way: float) -> None:
+        """What the output that was looked at is, if anything tells by now: it is `way` of the time ago."""
+        found = self._look.predicts_noise(way) if self._look is not None else None
+        if found is not None:
+            self._look = None
+        if found:
+            self.prediction = NoisePrediction()
+            log.info("the model predicts noise: steps are forecast as the velocity that its output stands for")
 
     def next_time(self, stream: Stream) -> float:
         """The time of the stream's next step, if it goes on as it did."""
@@ -220,13 +244,13 @@ class Root:
         if forward is None or (clock is None and owner.key & self._early):
             self.wanted = True
             return None
-        occurrence = forward.occurrences[owner.key]
+        occurrence = forward.occurrences.get(owner.key, 0)
         last = self._last
-        if self._leader is not None and last is not None and occurrence >= max(last.occurrences[owner.key], 1):
+        if self._leader is not None and last is not None and occurrence >= max(last.occurrences.get(owner.key, 0), 1):
             # Called more often than in the forward before: the leader's graph is no more, and nobody counts.
             self._leader, self._epoch = None, self._epoch + 1
             return None
-        forward.occurrences[owner.key] += 1
+        forward.occurrences[owner.key] = occurrence + 1
         if forward.blind:
             self.wanted = True
             return None
@@ -239,15 +263,17 @@ class Root:
         if forward is not None:
             forward.calls += 1
             forward.layers += layers
-            usual = self._last.calls if self._last is not None else 1
+            last = self._last
+            usual = last.calls if last is not None else 1
             if not self.hooked and forward.calls >= max(usual, 1):
                 forward.clock.finish()
 
     def end_forward(self) -> None:
         """Where the end of a forward is known outright."""
-        if self.forward is not None:
-            self.forward.clock.finish()
-            self._recent.append(self.forward)
+        forward = self.forward
+        if forward is not None:
+            forward.clock.finish()
+            self._recent.append(forward)
             self._running.forward = None
 
     def _clock_of(self, owner: Owner) -> Clock | None:
@@ -255,15 +281,20 @@ class Root:
             return None
         if self.counted is not None:
             self._leader = self._leader or owner.key
-            return self.counted if owner.key == self._leader else None
+            return self.counted if _are_equal(owner.key, self._leader) else None
         return owner.clock
+
+
+def _are_equal(one: frozenset[int] | None, two: frozenset[int] | None) -> bool:
+    """Sets are compared item by item even where they are one and the same."""
+    return one is two or one == two
 
 
 def _are_alike(forward: Forward, other: Forward) -> bool:
     """Whether two forwards began with the same graph, or with variants of it (another branch for calls without a
     prompt, a LoRA loaded): those share most of their parameters. What is called one behind the other shares few."""
     one, two = forward.begun_by, other.begun_by
-    if one is two or one == two:
+    if _are_equal(one, two):
         return True
     return one is not None and two is not None and 2 * len(one & two) > min(len(one), len(two))
 

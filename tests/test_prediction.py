@@ -8,7 +8,7 @@ import torch
 
 import chipmunk_compile
 from chipmunk_compile.backend import chipmunk
-from chipmunk_compile.prediction import NEAR, NoisePrediction, distance
+from chipmunk_compile.prediction import NEAR, FirstLook, NoisePrediction, distance
 from examples.tiny_dit import sampling, words
 
 pytestmark = pytest.mark.usefixtures("uncompiled")
@@ -45,9 +45,11 @@ class Noise(torch.nn.Module):
 def picture(model, scheduler, steps: int, prompt, other=None, seed: int = 0) -> torch.Tensor:
     """other: of guidance by two calls, 1.5 times as far as the prompt's."""
     scheduler.set_timesteps(steps)
-    latents = torch.randn(1, 400, 48, generator=torch.Generator().manual_seed(seed)) * scheduler.init_noise_sigma
+    latents = torch.randn(1, 400, 48, generator=torch.Generator().manual_seed(seed))
+    latents *= getattr(scheduler, "init_noise_sigma", 1.0)
     for timestep in scheduler.timesteps:
-        seen = scheduler.scale_model_input(latents, timestep)
+        scale = getattr(scheduler, "scale_model_input", None)
+        seen = scale(latents, timestep) if scale is not None else latents
         noise = model(seen, timestep.expand(1), prompt)[..., :48]
         if other is not None:
             without = model(seen, timestep.expand(1), other)[..., :48]
@@ -124,6 +126,62 @@ def test_computed_steps_that_nothing_is_repaid_at_are_untouched():
             moment = torch.tensor([timestep])
             seen.append((model(latents, moment, prompt), plain(latents, moment, prompt)))
     assert all(torch.equal(ours, dense) for ours, dense in seen)
+
+
+class Faint(Noise):
+    """The shipped flow model of pictures that are nearly grey: forward(latents, timestep) -> velocity. Before anything
+    is known of a picture, its velocity is nearly the noise in the latents."""
+
+    GREY = 0.2
+
+    def __init__(self) -> None:
+        super().__init__(LINEAR)
+
+    def forward(self, latents, timestep, prompt):
+        level = timestep.float() / 1000
+        scale = self.GREY * (1 - level) + level
+        time, flow = level / scale, latents / scale[:, None, None]
+        velocity = self.model(hidden_states=flow, timestep=time, encoder_hidden_states=prompt,
+                              pooled_projections=self.conditioning.pooled_projections,
+                              img_ids=self.conditioning.img_ids, txt_ids=self.conditioning.txt_ids,
+                              return_dict=False)[0]  # fmt: skip
+        noise = flow + (1 - time)[:, None, None] * velocity
+        return noise - self.GREY * (noise - velocity)
+
+
+@pytest.mark.parametrize("guided", [False, True])
+def test_a_flow_of_grey_pictures_is_not_taken_for_noise(guided, caplog):
+    caplog.set_level("INFO", "chipmunk_compile")
+    plain, steps = Faint(), 28
+    make = lambda: diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
+    prompt = plain.conditioning.encoder_hidden_states
+    other = torch.zeros_like(prompt) if guided else None
+    latents = torch.randn(1, 400, 48, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        first = plain(latents, torch.tensor([1000.0]), prompt)
+    assert distance(first, latents).item() < NEAR, "else this shows nothing"
+    dense = picture(plain, make(), steps, prompt, other) / Faint.GREY
+    ours = picture(compiled(Faint(), "balanced"), make(), steps, prompt, other) / Faint.GREY
+    counts = chipmunk_compile.counters()
+    computed = counts["dense"] // (1 + guided)
+    assert "predicts noise" not in caplog.text and counts["forecast"] > steps // 2
+    fewer = picture(plain, make(), computed, prompt, other) / Faint.GREY
+    assert psnr(ours, dense) > psnr(fewer, dense)
+
+
+def test_what_was_looked_at_tells_by_where_latents_go():
+    noise, scene = torch.randn(2, 500, 4), torch.randn(2, 500, 4)
+    latents = 0.07 * scene + 0.9975 * noise
+    look = FirstLook(noise, latents, 1)
+    assert look.predicts_noise(0.04) is None
+    look.follow([scene])  # another graph's inputs
+    look.follow([scene, latents.clone()])  # the other call of guidance, or a first step that is left out
+    assert look.predicts_noise(0.04) is None
+    look.follow([scene, 0.09 * scene + 0.996 * noise])
+    assert look.predicts_noise(0.04) is True
+    flow = FirstLook(noise - 0.05 * scene, noise, 0)
+    flow.follow([(noise - 0.002 * (noise - 0.05 * scene)).bfloat16()])  # a short step, and rounded
+    assert flow.predicts_noise(0.002) is False
 
 
 def test_noise_is_nearer_to_its_latents_than_a_velocity():
