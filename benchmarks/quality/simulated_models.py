@@ -5,7 +5,9 @@ Nothing is compiled or captured, so that hundreds of rules can be run one after 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -21,31 +23,26 @@ from .sdpa import inference_sdpa
 from .subjects import SUBJECTS, tiny
 
 WARM_UP = 2  # first steps that are always computed
+SHIPPED_BATCH = 4
 Run = tuple[float, float, list[int]]  # decibels to every step computed, computed steps (mean), and which they were
 
 
+@dataclass(eq=False)
 class Model:
-    """A flow model. streams: its calls a step; noise: the start of each batch, float32."""
+    """A flow model, and the loop around it.
 
-    streams = 1
-    noise: tuple[Tensor, ...]
+    noise: the start of each batch, float32. streams: calls a step. levels(steps): noise levels from 1 down to 0,
+    steps + 1 of them. call(batch, latents, level, stream): the velocity of one stream. guided: of all of them one, in
+    float32. pictures(latents): in 0..1, as metrics take them.
+    """
 
-    def __init__(self) -> None:
-        self._known: dict[int, list[Tensor]] = {}
-
-    def levels(self, steps: int) -> list[float]:
-        """Noise levels from 1 down to 0, steps + 1 of them."""
-        raise NotImplementedError
-
-    def call(self, batch: int, latents: Tensor, level: float, stream: int) -> Tensor:
-        """The velocity of one stream."""
-        raise NotImplementedError
-
-    def guided(self, velocities: list[Tensor]) -> Tensor:
-        return velocities[0].float()
-
-    def pictures(self, latents: Tensor) -> Tensor:
-        raise NotImplementedError
+    noise: Sequence[Tensor]
+    streams: int
+    levels: Callable[[int], list[float]]
+    call: Callable[[int, Tensor, float, int], Tensor]
+    guided: Callable[[list[Tensor]], Tensor]
+    pictures: Callable[[Tensor], Tensor]
+    _known: dict[int, list[Tensor]] = field(default_factory=dict)
 
     def fewer(self, steps: int, whole: int) -> Run:
         """All of fewer steps, held against the `whole` number of them."""
@@ -97,72 +94,52 @@ class Model:
         return torch.cat(scores).mean().item()
 
 
-class Trained(Model):
+def trained(name: str, folder: Path | None, clips: int, small: bool) -> Model:
     """A model that train.py left in `folder`: two calls a step, with the caption and without."""
+    device, dtype = where(small)
+    subject = tiny(SUBJECTS[name]) if small else SUBJECTS[name]
+    if not small and folder is None:
+        raise SystemExit(f"the {name} model needs --checkpoint")
+    model = subject.build().eval() if small else checkpoints.load_weights(folder, device, dtype)
+    count = max(1, clips // subject.measured) * subject.measured
+    texts = captions(subject, count, 1).to(device, dtype).split(subject.measured)
+    sdpa = inference_sdpa(subject, subject.measured, device)[0]
 
-    streams = 2
-
-    def __init__(self, name: str, folder: Path | None, clips: int, small: bool) -> None:
-        super().__init__()
-        self._device, self._dtype = where(small)
-        self._subject = tiny(SUBJECTS[name]) if small else SUBJECTS[name]
-        if not small and folder is None:
-            raise SystemExit(f"the {name} model needs --checkpoint")
-        self._model = (
-            self._subject.build().eval() if small else checkpoints.load_weights(folder, self._device, self._dtype)
-        )
-        batch = self._subject.measured
-        count = max(1, clips // batch) * batch
-        self.noise = starting_noise(self._subject, count, 1, self._device).split(batch)
-        self._text = captions(self._subject, count, 1).to(self._device, self._dtype).split(batch)
-        self._sdpa = inference_sdpa(self._subject, batch, self._device)[0]
-
-    def levels(self, steps: int) -> list[float]:
-        return schedule(steps, self._subject.shift)
-
-    def call(self, batch: int, latents: Tensor, level: float, stream: int) -> Tensor:
-        text = self._text[batch] if stream == 0 else torch.zeros_like(self._text[batch])
-        with fastest_sdpa(self._sdpa):
-            return self._model(
-                hidden_states=latents.to(self._dtype), encoder_hidden_states=text,
-                timestep=torch.full((len(latents),), 1000 * level).to(latents.device), return_dict=False,
+    def call(batch: int, latents: Tensor, level: float, stream: int) -> Tensor:
+        with fastest_sdpa(sdpa):
+            return model(
+                hidden_states=latents.to(dtype), timestep=torch.full((len(latents),), 1000 * level, device=device),
+                encoder_hidden_states=texts[batch] if stream == 0 else torch.zeros_like(texts[batch]),
+                return_dict=False,
             )[0]  # fmt: skip
 
-    def guided(self, velocities: list[Tensor]) -> Tensor:
+    def guided(velocities: list[Tensor]) -> Tensor:
         captioned, free = velocities
-        return torch.lerp(free.float(), captioned.float(), self._subject.guidance)
+        return torch.lerp(free.float(), captioned.float(), subject.guidance)
 
-    def pictures(self, latents: Tensor) -> Tensor:
-        return pictures_of(latents)
+    noise = starting_noise(subject, count, 1, device).split(subject.measured)
+    return Model(noise, 2, lambda steps: schedule(steps, subject.shift), call, guided, pictures_of)
 
 
-class Shipped(Model):
-    """examples/tiny_dit: guidance is an input, so a step is one call."""
+def shipped_model(folder: Path | None, clips: int, small: bool) -> Model:
+    """examples/tiny_dit: guidance is an input, so a step is one call. No folder is read."""
+    device, dtype = where(small)
+    batch = 1 if small else SHIPPED_BATCH
+    model = shipped.load_model(device=device, dtype=dtype)
+    told = shipped.prepare(list(shipped.CAPTIONS[:batch]), model)
 
-    BATCH = 4
-
-    def __init__(self, folder: Path | None, clips: int, small: bool) -> None:
-        super().__init__()
-        device, self._dtype = where(small)
-        batch = 1 if small else self.BATCH
-        self._model = shipped.load_model(device=device, dtype=self._dtype)
-        self._told = shipped.prepare(list(shipped.CAPTIONS[:batch]), self._model)
-        count = max(1, clips // batch)
-        self.noise = tuple(shipped.starting_noise(batch, seed, self._model).float() for seed in range(count))
-
-    def levels(self, steps: int) -> list[float]:
-        return schedule(steps, shipped.SHIFT)
-
-    def call(self, batch: int, latents: Tensor, level: float, stream: int) -> Tensor:
-        told = self._told
-        return self._model(
-            hidden_states=latents.to(self._dtype), encoder_hidden_states=told.encoder_hidden_states,
-            timestep=torch.full((len(latents),), level, dtype=self._dtype).to(latents.device),
-            pooled_projections=told.pooled_projections, img_ids=told.img_ids, txt_ids=told.txt_ids, return_dict=False,
+    def call(_: int, latents: Tensor, level: float, stream: int) -> Tensor:
+        return model(
+            hidden_states=latents.to(dtype), encoder_hidden_states=told.encoder_hidden_states,
+            timestep=torch.full((len(latents),), level, dtype=dtype, device=device), img_ids=told.img_ids,
+            pooled_projections=told.pooled_projections, txt_ids=told.txt_ids, return_dict=False,
         )[0]  # fmt: skip
 
-    def pictures(self, latents: Tensor) -> Tensor:
-        return (shipped.unpack(latents).clamp(-1, 1) + 1) / 2
+    return Model(
+        [shipped.starting_noise(batch, seed, model).float() for seed in range(max(1, clips // batch))], 1,
+        lambda steps: schedule(steps, shipped.SHIFT), call, lambda velocities: velocities[0].float(),
+        lambda latents: (shipped.unpack(latents).clamp(-1, 1) + 1) / 2,
+    )  # fmt: skip
 
 
 def where(small: bool) -> tuple[torch.device, torch.dtype]:
@@ -172,6 +149,6 @@ def where(small: bool) -> tuple[torch.device, torch.dtype]:
 
 # Each makes a model: from a folder of weights, for so many clips, small or not.
 MODELS: dict[str, Callable[[Path | None, int, bool], Model]] = {
-    "shipped": Shipped,
-    **{name: lambda *how, name=name: Trained(name, *how) for name in SUBJECTS},
+    "shipped": shipped_model,
+    **{name: partial(trained, name) for name in SUBJECTS},
 }
