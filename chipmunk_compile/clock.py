@@ -18,6 +18,7 @@ import weakref
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 from . import telemetry
 from .evidence import Evidence, Fingerprint, Inputs, Reader, Times
@@ -54,6 +55,7 @@ class Stream:
     steady: set[int] | None = None  # positions that never changed in this stream
     history: list[dict[int, Fingerprint]] = field(default_factory=list)  # of each step, where content is compared
     settled: bool = False  # the inputs moved by small steps, once at least
+    look: Any = None  # at the output of its first step (prediction.FirstLook), until it is known what that is
     pace: float = 0.0  # of the last move of the latents, as a share of them, in time; 0 if there was none
     ticks: int = 0  # ever
     dead: bool = False
@@ -65,7 +67,7 @@ class Stream:
     def restart(self, generation: int) -> None:
         """The stream of the next generation, in the same memory."""
         self.generation, self.last, self.steady, self.history, self.settled = generation, None, None, [], False
-        self.first, self.pace, self.moment = None, 0.0, math.nan
+        self.first, self.look, self.pace, self.moment = None, None, 0.0, math.nan
         self.programs.clear()
         for state in self.states.values():
             state.filled = False
@@ -164,8 +166,8 @@ class InferredClock(Clock):
         self._first_time = math.nan
         self._length = 0  # of the generation before, in steps
         self._so_far, self._lengths = 0, deque(maxlen=SHORT_IN_A_ROW)  # of this generation, and before
-        # (times of a step, of the first) -> (the time by which it is forecast, how far that goes); None: the timestep.
-        self.course: Callable[[Times, Times], tuple[float, float] | None] | None = None
+        # (a stream, times of its step) -> (the time by which that is forecast, how far it goes); None: the timestep.
+        self.course: Callable[[Stream, Times], tuple[float, float] | None] | None = None
         # Of the call that is being read: its stream and step, if the generation goes on.
         self.expected: tuple[Stream, int] | None = None
 
@@ -219,7 +221,7 @@ class InferredClock(Clock):
         self._memory.append(evidence)
         self.live.sort(key=lambda s: s is stream)  # the one called last comes last
         usual = max(self._lengths) if len(self._lengths) == SHORT_IN_A_ROW else None
-        course = self.course(evidence.times, stream.first) if self.course is not None else None
+        course = self.course(stream, evidence.times) if self.course is not None else None
         time, span = course or (stream.moment, evidence.way_since(stream.first))
         self.now = Tick(stream, stream.step, fresh, time, repeats, usual, span, learned and sound)
         return self.now

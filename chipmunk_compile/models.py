@@ -21,7 +21,7 @@ from .config import Config
 from .counting import CountedClock
 from .evidence import Inputs, Reader, Times
 from .passes.reasons import Reason
-from .prediction import SHORTEST, TIMESTEPS, FirstLook, NoisePrediction, is_noise_of
+from .prediction import SHORTEST, TIMESTEPS, USUAL_STEPS, FirstLook, NoisePrediction, is_noise_of
 from .schedule import Program
 from .state import Owner, Reserve
 
@@ -71,7 +71,6 @@ class Root:
         self.wanted = False  # a graph with sites found no clock
         self.over_budget = False  # what its pieces' forecasts would remember is
         self.prediction: NoisePrediction | None = None  # of a model that predicts noise, once that is known
-        self._look: FirstLook | None = None  # at an output, until it is known what that is
         self._warned = False
         self._counted: CountedClock | None = None
         self._leader: frozenset[int] | None = None
@@ -156,13 +155,14 @@ class Root:
         before = self.forward
         if before is not None:
             self._recent.append(before)
-        if self._look is not None:
-            self._look.follow(inputs)
+        for stream in clock.live:  # before anything is read: what they tell arrives with it
+            if stream.look is not None:
+                stream.look.follow(inputs)
         if isinstance(clock, InferredClock):
             clock.course = self.course
-        elif self.counted is not None and self.counted.steps:
-            self._decide(1.0 / (SHORTEST * self.counted.steps))
         tick = clock.tick(inputs, read)
+        if not isinstance(clock, InferredClock):
+            self._decide(tick.stream, 1.0 / (SHORTEST * (tick.steps or USUAL_STEPS)))
         begun_by = owner.key if owner is not None else None
         forward = self._running.forward = Forward(tick, clock, self._epoch, begun_by)
         self._running.last = self._most_like(forward)
@@ -194,7 +194,7 @@ class Root:
         objects = forward.tick.stream.last.objects
         position = next((p for p, reference in enumerate(objects) if reference() is latents), None)
         if position is not None:
-            self._look = FirstLook(output, latents, position)
+            forward.tick.stream.look = FirstLook(output, latents, position)
 
     def look_among(self, outputs: Iterable[Any]) -> None:
         """The same where the model runs in pieces: any of what they return may be its output."""
@@ -207,20 +207,20 @@ class Root:
             if latents is not None:
                 self.look_at(output, latents)
 
-    def course(self, times: Times, first: Times) -> tuple[float, float] | None:
-        """As `Clock.course`: by the share of noise, where that is what the model predicts. Not at the first step at
-        which that is looked at: which input is the timestep shows at the second."""
-        moved = next(((then, now) for then, now in zip(first, times) if then != now), None)
-        if self._look is not None and moved is not None:
+    def course(self, stream: Stream, times: Times) -> tuple[float, float] | None:
+        """As `InferredClock.course`: by the share of noise, where that is what the model predicts. Not at the first
+        step, at which that is looked at: which input is the timestep shows at the second."""
+        moved = next(((then, now) for then, now in zip(stream.first, times) if then != now), None)
+        if moved is not None:
             then, now = moved
-            self._decide(abs(now - then) / (1.0 if max(moved) <= 1.0 else TIMESTEPS))
-        return self.prediction.course(times, first) if self.prediction is not None else None
+            self._decide(stream, abs(now - then) / (1.0 if max(moved) <= 1.0 else TIMESTEPS))
+        return self.prediction.course(times, stream.first) if self.prediction is not None else None
 
-    def _decide(self, way: float) -> None:
-        """What the output that was looked at is, if anything tells by now: it is `way` of the time ago."""
-        found = self._look.predicts_noise(way) if self._look is not None else None
+    def _decide(self, stream: Stream, way: float) -> None:
+        """What the output of its first step is, if anything tells by now: it is `way` of the time ago."""
+        found = stream.look.predicts_noise(way) if stream.look is not None and self.prediction is None else None
         if found is not None:
-            self._look = None
+            stream.look = None
         if found:
             self.prediction = NoisePrediction()
             log.info("the model predicts noise: steps are forecast as the velocity that its output stands for")

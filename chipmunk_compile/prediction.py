@@ -39,6 +39,8 @@ NEAR = 0.15
 ALONG = 0.3
 # Schedules that spend most steps on noise begin with steps that are shorter than the average by this factor.
 SHORTEST = 6.0
+# Where it is not said how many: few, since taking a flow for noise only means that nothing is forecast there.
+USUAL_STEPS = 28
 TIMESTEPS = 1000
 FIRST_VARIANCE, LAST_VARIANCE = 1e-4, 0.02
 

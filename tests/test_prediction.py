@@ -169,6 +169,27 @@ def test_a_flow_of_grey_pictures_is_not_taken_for_noise(guided, caplog):
     assert psnr(ours, dense) > psnr(fewer, dense)
 
 
+def test_two_pictures_side_by_side_are_each_looked_at():
+    """Another picture's latents are no step of this one's."""
+    make, betas, steps = SAMPLERS["DDIM, as DiT has it"]
+    plain, model = Noise(betas), compiled(Noise(betas), "quality")
+    prompts = [plain.conditioning.encoder_hidden_states.clone() for _ in range(2)]
+    prompts[1].mul_(0.5)
+    made = []
+    with torch.no_grad():
+        scheduler = make(**betas)
+        scheduler.set_timesteps(steps)
+        latents = [torch.randn(1, 400, 48, generator=torch.Generator().manual_seed(seed)) for seed in (0, 1)]
+        for timestep in scheduler.timesteps:
+            for which, prompt in enumerate(prompts):
+                noise = model(latents[which], timestep.expand(1), prompt)
+                latents[which] = scheduler.step(noise, timestep, latents[which], return_dict=False)[0]
+    for seed, prompt in enumerate(prompts):
+        truth = picture(plain, make(**betas), steps, prompt, seed=seed)
+        made.append(psnr(latents[seed], truth))
+    assert chipmunk_compile.counters()["forecast"] >= steps // 2 and min(made) > 40, made
+
+
 def test_what_was_looked_at_tells_by_where_latents_go():
     noise, scene = torch.randn(2, 500, 4), torch.randn(2, 500, 4)
     latents = 0.07 * scene + 0.9975 * noise
