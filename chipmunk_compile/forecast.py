@@ -62,7 +62,7 @@ class History:
         if self.options.tolerance is not None:
             self.judge = Judge(self.options.tolerance)
         # Of pieces the leader alone looks at what its forecasts are worth.
-        self._compares = self.judge is not None or (self.options.repay and self.options.order > 0 and self.reads)
+        self._damps = self.options.order > 0 and (self.judge is not None or (self.options.repay and self.reads))
 
     @property
     def bytes(self) -> int:
@@ -110,8 +110,11 @@ class History:
         """
         known = self.moments
         gap = abs(moment - known[-1]) if known and known[-1] != moment else None
-        told = Arriving(self._compare(moment, outputs)) if gap is not None and self._compares else None
-        if told is not None and len(known) > 1 and gap <= COMPARABLE * abs(known[-1] - known[-2]):
+        teaches = gap is not None and len(known) > 1 and gap <= COMPARABLE * abs(known[-1] - known[-2])
+        told = None
+        if gap is not None and (self.judge is not None or (teaches and self._damps)):
+            told = Arriving(self._compare(moment, outputs))
+        if teaches and self._damps:
             self._lesson = told
         if self.judge is not None:
             self.judge.weigh(moment, gap, told, span)

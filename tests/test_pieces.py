@@ -27,7 +27,7 @@ def test_a_model_in_pieces_is_forecast_as_a_whole_one_is(name, uncompiled):
     loop.run(compiled(model, preset(name)))
     whole = ran()
     chipmunk_compile.reset()
-    assert alike(in_pieces(model, loop, preset(name)), truth) < 6 * PRESETS[name].get("forecast.tolerance", 0.08)
+    assert alike(in_pieces(model, loop, preset(name)), truth) < 4 * PRESETS[name]["forecast.tolerance"]
     pieces = {program: count / 3 for program, count in ran().items()}
     assert set(pieces) == {"dense", "forecast"} and sum(pieces.values()) == STEPS, "all pieces in the same steps"
     assert whole["forecast"] - STEPS // 4 <= pieces["forecast"] <= whole["forecast"] + 1
@@ -51,7 +51,7 @@ def test_behind_a_graph_break_steps_are_forecast_too(name, uncompiled):
     assert (
         set(programs) == {"dense", "forecast"} and programs["forecast"] % 2 == 0 and programs["forecast"] > STEPS // 2
     )
-    assert alike(outputs, loop.run(toy(layers=3, broken=True))) < 6 * PRESETS[name].get("forecast.tolerance", 0.08)
+    assert alike(outputs, loop.run(toy(layers=3, broken=True))) < 4 * PRESETS[name]["forecast.tolerance"]
 
 
 class Apart(ToyDiT):
@@ -84,7 +84,7 @@ def apart(kind: type[Apart] = Apart, **kwargs) -> tuple[Apart, list[torch.Tensor
 def test_what_embeds_the_time_for_other_graphs_is_always_run(uncompiled):
     """It is no forward by itself, and keeps nothing from being forecast."""
     model, truth, loop = apart()
-    assert alike(loop.run(compiled(model, preset("fast"))), truth) < 6 * PRESETS["fast"]["forecast.tolerance"]
+    assert alike(loop.run(compiled(model, preset("fast"))), truth) < 4 * PRESETS["fast"]["forecast.tolerance"]
     programs = ran()
     assert set(programs) == {"dense", "forecast"} and sum(programs.values()) == 3 * STEPS
     assert programs["forecast"] > STEPS // 2 and programs["forecast"] % 2 == 0, "both graphs of blocks"
@@ -124,7 +124,7 @@ def test_tokens_that_skip_a_break_are_computed_in_their_own_order(uncompiled):
     model, truth, loop = apart(SkipsAcross)
     outputs = loop.run(compiled(model, preset("fast", grid=(1, 7, 9))))
     assert ran()["forecast"] > 0 and ran()["forecast"] % 2 == 0
-    assert alike(outputs, truth) < 6 * PRESETS["fast"]["forecast.tolerance"]
+    assert alike(outputs, truth) < 4 * PRESETS["fast"]["forecast.tolerance"]
 
 
 @pytest.mark.parametrize("kind", ["skips", "quantised"])
@@ -193,7 +193,7 @@ def test_a_piece_that_is_new_is_computed_and_the_others_wait_for_it(uncompiled):
     model, loop = toy(layers=3), Loop(steps=STEPS)
     blocks = list(model.blocks)
     for block in blocks:
-        block.compile(backend=chipmunk, options=preset("fast"))
+        block.compile(backend=chipmunk, options=preset("balanced"))
     counted = []
     with chipmunk_compile.generation(model), torch.no_grad():
         for number, inputs in enumerate(loop):
@@ -202,7 +202,7 @@ def test_a_piece_that_is_new_is_computed_and_the_others_wait_for_it(uncompiled):
             out = model(*inputs)
             truth = toy_like(model)(*inputs)
             counted.append({name: count - before.get(name, 0) for name, count in ran().items()})
-            assert alike([out], [truth]) < 6 * PRESETS["fast"]["forecast.tolerance"]
+            assert alike([out], [truth]) < 0.3
     assert counted[8].get("forecast") in (0, 2) and any(c.get("forecast") == 3 for c in counted[10:])
     assert all(c.get("dense", 0) > 0 for c in counted[9:10])
 

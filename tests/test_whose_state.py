@@ -120,15 +120,15 @@ def test_two_pictures_by_turns_on_schedules_that_interleave(writers, second, tur
 def test_no_forecast_builds_on_another_picture(writers, second, turns, broken):
     """As above, where steps are forecast and others run whole: each picture's outputs stay near to its own."""
     model, loops = toy(broken=broken), dict(zip("AB", pictures(**second)))
-    compiled = torch.compile(model, backend=chipmunk, options={"min_tokens": 8})
+    compiled = torch.compile(model, backend=chipmunk, options={"preset": "quality", "min_tokens": 8})
     queues, made = {name: list(loop) for name, loop in loops.items()}, {"A": [], "B": []}
     while any(queues.values()):
         for name, waiting in queues.items():
             made[name] += [writers.call(name, compiled, inputs) for inputs in waiting[:turns]]
             del waiting[:turns]
     for name, loop in loops.items():
-        # As far off as each picture alone.
-        assert worst(made[name], loop.run(model)) < 0.15, "the other picture's are off by more than 0.3"
+        near = 0.15 if broken else 0.05  # in pieces, more is forecast here: as far off as each picture alone
+        assert worst(made[name], loop.run(model)) < near, "the other picture's are off by more than 0.3"
     between = [worst([a], [b]) for a, b in zip(loops["A"].run(model)[1:9], loops["B"].run(model)[1:9])]
     assert min(between) > 0.3
 
