@@ -161,12 +161,12 @@ def test_a_flow_of_grey_pictures_is_not_taken_for_noise(guided, caplog):
         first = plain(latents, torch.tensor([1000.0]), prompt)
     assert distance(first, latents).item() < NEAR, "else this shows nothing"
     dense = picture(plain, make(), steps, prompt, other) / Faint.GREY
-    ours = picture(compiled(Faint(), "balanced"), make(), steps, prompt, other) / Faint.GREY
+    ours = picture(compiled(Faint(), "quality"), make(), steps, prompt, other) / Faint.GREY
     counts = chipmunk_compile.counters()
     computed = counts["dense"] // (1 + guided)
     assert "predicts noise" not in caplog.text and counts["forecast"] > steps // 2
     fewer = picture(plain, make(), computed, prompt, other) / Faint.GREY
-    assert psnr(ours, dense) > psnr(fewer, dense)
+    assert psnr(ours, dense) > psnr(fewer, dense) + 5
 
 
 def test_two_pictures_side_by_side_are_each_looked_at():
