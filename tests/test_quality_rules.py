@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from benchmarks.quality import rules
+from benchmarks.quality.simulated import MODELS
 from chipmunk_compile.config import ForecastOptions
 from chipmunk_compile.forecast import History
 from chipmunk_compile.judge import Arriving, Judge
@@ -51,3 +52,16 @@ def test_all_rules_run(capsys, tmp_path):
     assert names == ["fewer steps", *rules.RULES, *rules.FIXED]
     rows = json.loads(path.read_text())
     assert {row["rule"] for row in rows} == set(names) and all(0 < row["computed"] <= 9 for row in rows)
+
+
+def test_streams_are_forecast_together_or_each_for_its_own():
+    model = MODELS["image"](None, 2, True)
+    with torch.no_grad():
+        (_, together, _), (_, apart, _) = (
+            model.judged(lambda: History(ForecastOptions(repay=True, tolerance=0.1)), 12, how) for how in (True, False)
+        )
+        psnr, computed, which = model.fixed(lambda: History(ForecastOptions()), range(12), 12)
+        fewer = model.fewer(6, 12)
+    assert apart <= together < 12 and (together * model.streams).is_integer()
+    assert psnr == 120.0 and computed == 12 and which == list(range(12)), "nothing is forecast"
+    assert fewer[0] < 120.0 and fewer[1] == 6

@@ -14,14 +14,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from chipmunk_compile.config import ForecastOptions
 from chipmunk_compile.forecast import History
 
-from . import checkpoints, metrics
-from .sampling import captions, generate, pictures_of, starting_noise
-from .simulated import Simulated
+from . import checkpoints
+from .simulated import guided_model
 from .subjects import IMAGE
 
 
@@ -35,24 +33,18 @@ def main() -> None:
     parser.add_argument("--tolerance", type=float, nargs="+", default=[0.008, 0.02, 0.06])
     parser.add_argument("--order", type=int, default=1, choices=(0, 1, 2), help="of the forecasts")
     args = parser.parse_args()
-    subject = replace(IMAGE, size=args.size)
-    model = checkpoints.load_weights(args.checkpoint, torch.device("cpu"), torch.float32)
-    noise = starting_noise(subject, args.pictures, 1, "cpu")
-    text = captions(subject, args.pictures, 1)
-
-    def denoise(called, guidance: float) -> Tensor:
-        return pictures_of(generate(called, subject, noise, text, args.steps, torch.float32, guidance))
-
+    device, dtype = torch.device("cpu"), torch.float32
+    weights = checkpoints.load_weights(args.checkpoint, device, dtype)
     print("| guidance | tolerance | apart | together |\n|---|---|---|---|")
     for guidance in args.guidance:
-        dense = denoise(model, guidance)
+        subject = replace(IMAGE, size=args.size, guidance=guidance, measured=args.pictures)
+        model = guided_model(subject, weights, args.pictures, device, dtype)
         for tolerance in args.tolerance:
-            cells = []
-            options = ForecastOptions(tolerance=tolerance, order=args.order, repay=True)
+            options, cells = ForecastOptions(tolerance=tolerance, order=args.order, repay=True), []
             for together in (False, True):
-                streams = Simulated(model, lambda o=options: History(o), together)
-                psnr = metrics.psnr(denoise(streams, guidance), dense).mean()
-                cells.append(f"{psnr:.1f} dB, {streams.computed / 2:g} of {args.steps} computed")
+                with torch.no_grad():
+                    psnr, computed, _ = model.judged(lambda o=options: History(o), args.steps, together)
+                cells.append(f"{psnr:.1f} dB, {computed:g} of {args.steps} computed")
             print(f"| {guidance:g} | {tolerance:g} | {cells[0]} | {cells[1]} |", flush=True)
 
 

@@ -26,7 +26,7 @@ from chipmunk_compile.config import ForecastOptions
 from chipmunk_compile.forecast import History
 from chipmunk_compile.judge import Judge
 
-from .simulated_models import MODELS, Model
+from .simulated import MODELS, Model
 
 COUNTS = (5, 6, 7, 8, 9, 10, 12, 14, 16, 18)  # computed steps that are printed
 EVERY = (2, 3, 4, 5, 6, 7, 8)
