@@ -34,6 +34,7 @@ SOURCES = ("chipmunk_compile", "passes", "kernels")
 # What a row that runs nothing of ours depends on.
 RIVALS = ("caches", "hooks", "metrics", "rivals", "sampling", "sdpa", "subjects", "windows")
 FLOOR_CLIPS = 8  # of which the fp32 eager generation is made: it is slow
+RECENT = 5  # dense generations, one a row, whose median a row is held against
 
 
 class Bench:
@@ -107,27 +108,28 @@ class Bench:
                  statistics.median(self.dense_seconds[steps]), self.batch, self.parts)  # fmt: skip
 
     def measure(self, method: Method, steps: int) -> dict:
-        """One row. A dense generation runs right before the method's own, so that both see the same clocks."""
+        """One row. A dense generation runs amid the method's own, so that both see the same clocks; its time is the
+        median of this row's and the last few rows'."""
         own_steps = method.steps or steps
         chipmunk_compile.reset()
         self.run(method.make(), 0, min(own_steps, 9))  # compiles every program: R R f d f d .., a refresh at 8 too
-        dense, seconds, made = [], [], []
+        seconds, made = [], []
         before = chipmunk_compile.counters()
         for part in range(self.parts):
-            if part % 4 == 0:
-                dense.append(self.run(self.dense, part, steps)[1])
+            if part == self.parts // 2:
+                self.dense_seconds[steps].append(self.run(self.dense, part, steps)[1])
             latents, own = self.run(method.make(), part, own_steps)
             seconds.append(own)
             made.append(latents)
         after = chipmunk_compile.counters()
         programs = ("dense", "refresh", "delta", "forecast")
         ran = {name: round((after[name] - before[name]) / self.parts, 1) for name in programs}  # means over batches
-        ratio = statistics.median(dense) / statistics.median(seconds)
+        dense = statistics.median(self.dense_seconds[steps][-RECENT:])
         return {
             "model": self.args.model, "method": method.name, "setting": method.setting, "label": method.label,
             "steps": steps, "calls": {name: n for name, n in ran.items() if n} or None,
-            "seconds": statistics.median(seconds), "dense_seconds": statistics.median(dense),
-            "speedup": ratio, "clips": self.seeds, **self.scores(torch.cat(made), self.expected[steps]),
+            "seconds": statistics.median(seconds), "dense_seconds": dense,
+            "speedup": dense / statistics.median(seconds), "clips": self.seeds, **self.scores(torch.cat(made), self.expected[steps]),
         }  # fmt: skip
 
     def scores(self, latents: Tensor, expected: Tensor) -> dict:
@@ -172,7 +174,7 @@ class Bench:
 
     def floor(self, steps: int) -> dict | None:
         """The noise floor: the model in fp32, as it is, against compiled bf16."""
-        count = min(FLOOR_CLIPS, self.seeds) // self.batch
+        count = max(1, min(FLOOR_CLIPS, self.seeds) // self.batch)
         whole = copy.deepcopy(self.model).float()
         made = [
             generate(whole, self.subject, self.noise[rows], self.text[rows].float(), steps, torch.float32)

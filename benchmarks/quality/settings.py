@@ -69,14 +69,14 @@ class Builder:
                                 lambda e=every, o=order: TaylorSteps(self.dense, e, o))  # fmt: skip
         for every in (2, 3, 4, 5, 6):
             yield self._streams("step reuse", {"every": every}, lambda e=every: StepReuse(self.dense, e))
-        for share in (0.75, 0.5, 0.33, 0.25, 0.2, 0.167):
+        for share in (0.75, 0.5, 0.33, 0.25, 0.2, 0.167, 0.143):
             yield Method("fewer steps", {"share": share}, lambda: self.dense, max(2, round(share * steps)))
 
     def _ours_judged(self) -> Iterator[Method]:
         """Forecasts as far as they prove good, and for the highest speeds all but every few steps."""
         for tolerance in (0.005, 0.012, 0.03, 0.1):  # 0.008, 0.02 and 0.06 are presets
             yield self.ours(forecast__tolerance=tolerance)
-        for every in (4, 5, 8):  # 6 is a preset
+        for every in (4, 5, 8, 9):  # 6 is a preset
             yield self.ours(schedule__compute_every=every, forecast__repay=True, forecast__refresh_every=1)
         for tolerance in (0.008, 0.02):
             yield self.ours(forecast__tolerance=tolerance, forecast__repay=False)
