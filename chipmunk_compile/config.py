@@ -69,6 +69,9 @@ class ForecastOptions:
     refresh_every: int | None = None
     """Of the steps computed between forecasts, a refresh at every such one and deltas between; 1: all are computed
     whole, as the dense model does. None: as `schedule.refresh_every` and `schedule.refresh_at` say."""
+    warmup: int | None = None
+    """So many first steps are computed, where steps can be forecast. After a single one the gap to the next is half as
+    long as the others. None: as `schedule.warmup` says."""
     residual: float = 0.0
     """Share of the error that a delta step is expected to make, learned at each refresh, that is corrected: 0 to 2.
     Above 0 a refresh costs one delta pass more. For a model captured as one graph."""
@@ -158,6 +161,8 @@ class Config:
         schedule, forecast = self.schedule, self.forecast
         if self.forecasts and forecast.refresh_every is not None:
             schedule = replace(schedule, refresh_every=forecast.refresh_every, refresh_at=None)
+        if self.forecasts and forecast.warmup is not None:
+            schedule = replace(schedule, warmup=forecast.warmup)
         return replace(self, schedule=schedule, forecast=replace(forecast, residual=0.0) if in_pieces else forecast)
 
     def inductor_options(self) -> dict[str, Any]:
@@ -183,7 +188,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "quality": {"schedule.refresh_every": 3, "forecast.tolerance": 0.008, **_OTHERS_WHOLE},
     "balanced": {"schedule.refresh_every": 5, "forecast.tolerance": 0.02, **_OTHERS_WHOLE},
     "fast": {"schedule.refresh_every": 8, "forecast.tolerance": 0.06, **_OTHERS_WHOLE},
-    "draft": {"schedule.refresh_every": 12, "schedule.compute_every": 6, **_OTHERS_WHOLE},
+    "draft": {"schedule.refresh_every": 12, "schedule.compute_every": 7, "forecast.warmup": 1, **_OTHERS_WHOLE},
 }
 # Options that say how deltas are to be: beside any of them a preset's forecasts, which leave none, do not count.
 _OF_DELTAS = (
@@ -201,7 +206,7 @@ def _preset_beside(preset: str, options: Mapping[str, Any]) -> dict[str, Any]:
     if any(name.startswith(_OF_DELTAS) for name in options):
         dropped = ("forecast.", "schedule.compute_every")
     elif options.get("forecast.tolerance") is not None:
-        dropped = ("schedule.compute_every",)
+        dropped = ("schedule.compute_every", "forecast.warmup")
     return {name: value for name, value in PRESETS[preset].items() if not name.startswith(dropped)}
 
 
@@ -370,6 +375,7 @@ RULES: dict[str, Callable[[str, Any], Any]] = {
     "forecast.tolerance": _tolerance,
     "forecast.repay": _switch,
     "forecast.refresh_every": _at_least(1, optional=True),
+    "forecast.warmup": _at_least(1, optional=True),
     "forecast.residual": _residual,
     "min_tokens": _at_least(1),
     "dense_layers": _at_least(0),

@@ -59,6 +59,7 @@ class History:
     def __post_init__(self) -> None:
         self._damping: list[float] | None = None
         self._lesson: Arriving | None = None  # of the last comparison, if it tells the damping
+        self._from_noise = False  # the last known output is
         if self.options.tolerance is not None:
             self.judge = Judge(self.options.tolerance)
         # Of pieces the leader alone looks at what its forecasts are worth.
@@ -103,10 +104,11 @@ class History:
         self.record(moment, computed, span, step)
         return outputs
 
-    def record(self, moment: float, outputs: Sequence[torch.Tensor], span: float = 0.0, step: int = 0) -> None:
+    def record(self, moment: float, outputs: Sequence[torch.Tensor], span: float = 0.0, step: int = 1) -> None:
         """Keeps a copy: a program's outputs may lie in memory that its next run writes (CUDA graphs).
 
-        span: of the moments of a generation, if known, else 0. step: of the generation, from 0.
+        span: of the moments of a generation, if known, else 0. step: of the generation, from 0; not its first, where
+        nothing is said.
         """
         known = self.moments
         gap = abs(moment - known[-1]) if known and known[-1] != moment else None
@@ -118,9 +120,9 @@ class History:
             self._lesson = told
         if self.judge is not None:
             self.judge.weigh(moment, gap, told, span)
-        if known and (gap is None or step == 1):
-            # A time evaluated twice: the later evaluation counts. And the second step takes the place of the first,
-            # which saw nothing but noise: a line through those two is worse than none.
+        if known and (gap is None or self._from_noise):
+            # A time evaluated twice: the later evaluation counts. And what comes second takes the place of the first
+            # step, which saw nothing but noise: a line through those two is worse than none.
             buffers = self.outputs.pop()
             self.moments.pop()
         elif len(known) > self.options.order:
@@ -128,6 +130,7 @@ class History:
             self.moments.pop(0)
         else:
             buffers = [torch.empty_like(output, memory_format=torch.preserve_format) for output in outputs]
+        self._from_noise = step == 0
         for buffer, output in zip(buffers, outputs):
             buffer.copy_(output)
         self.moments.append(moment)
@@ -157,7 +160,7 @@ class History:
         self.waiting.append(moment)
         if self.judge is not None:
             self.judge.skip(moment)
-        weights = lagrange(self.moments, moment)
+        weights = self._weights(moment)
         damped = ([share * w for w in weights] for share in self.damping() or [1.0] * len(self.outputs[-1]))
         return [
             _combined(known, [*before, last + 1.0 - sum((*before, last))])
@@ -190,7 +193,7 @@ class History:
         told = [0.0] * len(self.moments)  # what all forecasts added up to: so much of each known output
         between = 0.0  # what they should have: the last known output, and so much of the way to this one
         for time, step in zip(waiting, steps[1:]):
-            told = [total + step * weight for total, weight in zip(told, lagrange(self.moments, time))]
+            told = [total + step * weight for total, weight in zip(told, self._weights(time))]
             between += step * (time - self.moments[-1]) / (moment - self.moments[-1])
         told[-1] -= sum(steps[1:])
         paid = steps[-1] * growth
@@ -200,6 +203,15 @@ class History:
             owed[-1] -= between / paid
             repaid.append(_combined((*known, output), [*owed, 1.0 + between / paid]))
         return repaid
+
+    def _weights(self, moment: float) -> list[float]:
+        """Of the known outputs in the forecast at `moment`. Where nothing is judged, and no line came true yet, one is
+        followed no further than it is long."""
+        if self._damps and self.judge is None and len(self.moments) > 1 and self.damping() is None:
+            *_, before, last = self.moments
+            way = abs(last - before)
+            moment = last + min(max(moment - last, -way), way)
+        return lagrange(self.moments, moment)
 
     def _moves(self, moment: float) -> Outputs:
         """What the polynomial through the known outputs adds to the last of them, in float32."""

@@ -208,7 +208,8 @@ class Report:
             always = self._way.schedule.warmup
             if self._way.forecast.tolerance is not None:  # the second tells how good reusing the first would have been
                 always = max(always, 2)
-            lines.append(f"           a generation's first {always} steps are always computed")
+            first = "first step is" if always == 1 else f"first {always} steps are"
+            lines.append(f"           a generation's {first} always computed")
             lines.append("deltas     none beside such forecasts; {'schedule.refresh_every': 5} would run them instead")
         else:
             lines += self._deltas()

@@ -28,6 +28,10 @@ def program_at(step: int, schedule: ScheduleOptions) -> Program:
         warmup=2, refresh_at=(4, 7)                  R R d d R d d R d d d d
         warmup=2, refresh_at=(4, 7), compute_every=2 R R f d f R f R f d f d
 
+        warmup=1, refresh_every=1, compute_every=4   R f R f f f R f f f R f
+
+    The first gap is half as long where the warm-up is one step: that saw nothing but noise, and is reused as it is.
+
     Warm-up steps are refreshes rather than dense ones: a refresh costs little more, and a model then needs two
     compiles instead of three.
     """
@@ -46,17 +50,24 @@ def program_at(step: int, schedule: ScheduleOptions) -> Program:
 
 
 def _is_forecast(step: int, schedule: ScheduleOptions) -> bool:
-    after = step - schedule.warmup + 1
-    if after <= 0:
+    if step < schedule.warmup:
         return False
-    return step in schedule.forecast_at if schedule.forecast_at is not None else after % schedule.compute_every > 0
+    if schedule.forecast_at is not None:
+        return step in schedule.forecast_at
+    return _since_warmup(step, schedule) % schedule.compute_every > 0
 
 
 def _computed_before(step: int, schedule: ScheduleOptions) -> int:
     """Of the steps before this computed one."""
     if schedule.forecast_at is not None:
         return step - sum(schedule.warmup <= at < step for at in schedule.forecast_at)
-    return schedule.warmup - 1 + (step - schedule.warmup + 1) // schedule.compute_every
+    return schedule.warmup - 1 + _since_warmup(step, schedule) // schedule.compute_every
+
+
+def _since_warmup(step: int, schedule: ScheduleOptions) -> int:
+    """Steps, the first gap counted as whole."""
+    halved = schedule.compute_every // 2 if schedule.warmup == 1 else 0
+    return step - schedule.warmup + 1 + halved
 
 
 def programs_of(steps: int, schedule: ScheduleOptions) -> list[Program]:

@@ -36,7 +36,8 @@ def test_lagrange_is_exact_for_polynomials_of_its_degree(degree):
     [
         (dict(refresh_every=3), "rrdrddrddrdd"),
         (dict(refresh_every=3, compute_every=2), "rrfdfrfdfdfr"),
-        (dict(refresh_every=2, compute_every=3, warmup=1), "rffdffrffdff"),
+        (dict(refresh_every=2, compute_every=3, warmup=1), "rfdffrffdffr"),
+        (dict(refresh_every=1, compute_every=4, warmup=1), "rfrfffrfffrf"),
         (dict(refresh_every=1, compute_every=2, warmup=3), "rrrfrfrfrfrf"),
         (dict(refresh_at=(4, 7)), "rrddrddrdddd"),
         (dict(refresh_at=(0, 1)), "rrdddddddddd"),
@@ -85,6 +86,30 @@ def test_one_known_step_is_reused_and_the_second_takes_the_place_of_the_first():
         history.record(0.6, [torch.full((2,), 5.0)], 1.0, 4)
         assert history.moments == [0.9, 0.6] and history.damping() is None, "reuse teaches nothing of lines"
         assert torch.allclose(history.forecast(0.3)[0], torch.full((2,), 8.0))
+
+
+def test_whatever_comes_second_takes_the_place_of_the_first():
+    history = History(ForecastOptions(order=1))
+    for step, moment in ((0, 1.0), (0, 1.0), (4, 0.6), (8, 0.2)):  # the first one evaluated twice
+        history.record(moment, [torch.full((2,), moment)], 1.0, step)
+    assert history.moments == [0.6, 0.2]
+
+
+def test_a_line_of_which_nothing_came_true_yet_is_followed_no_further_than_it_is_long():
+    history = History(ForecastOptions(order=1, repay=True))
+    for moment, value in ((0.9, 1.0), (0.8, 2.0)):
+        history.record(moment, [torch.full((2,), value)])
+    told = [history.forecast(moment)[0][0].item() for moment in (0.75, 0.7, 0.6, 0.5)]
+    assert told == pytest.approx([2.5, 3.0, 3.0, 3.0])
+    # What was told is what is repaid: the latents end where they would with the outputs on a line to this one.
+    (repaid,) = history.repay(0.4, [torch.full((2,), 6.0)])
+    should = [2.0 + 4.0 * (0.8 - moment) / 0.4 for moment in (0.75, 0.7, 0.6, 0.5)]
+    lengths = [0.05, 0.1, 0.1, 0.1, 0.1]  # the next step as long as this one
+    owed = sum(length * (right - wrong) for length, right, wrong in zip(lengths, should, told))
+    assert repaid.tolist() == pytest.approx([6.0 + owed / lengths[-1]] * 2)
+    for moment, value in ((0.7, 2.5), (0.6, 2.75)):
+        history.record(moment, [torch.full((2,), value)])
+    assert history.forecast(0.3)[0][0].item() == pytest.approx(2.75 + 3 * 0.25 * history.damping()[0])
 
 
 def test_lines_are_damped_by_what_came_true_over_gaps_like_their_own():

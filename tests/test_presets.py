@@ -113,9 +113,17 @@ def test_a_tolerance_of_one_s_own_keeps_the_rest_of_the_preset():
 
 def test_what_is_said_outright_takes_the_place_of_a_preset_s_pattern():
     judged = Config.from_options({"preset": "draft", "forecast.tolerance": 0.1})
-    assert judged.schedule.compute_every == 1 and judged.forecast.repay
+    assert judged.schedule.compute_every == 1 and judged.forecast.repay and judged.forecast.warmup is None
     deltas = Config.from_options({"preset": "draft", "attention.sparsity": 0.9})
     assert not deltas.forecasts and deltas.schedule.refresh_every == 12
+
+
+def test_a_draft_computes_its_second_step_after_half_a_gap(uncompiled):
+    model, loop = toy(), Loop(steps=26)
+    loop.run(acquainted(model, preset("draft")))
+    assert ran() == {"dense": 5, "forecast": 21}, "at 0, 4, 11, 18 and 25"
+    report = chipmunk_compile.explain(toy(), *next(iter(loop)), options=preset("draft"))
+    assert "a generation's first step is always computed" in str(report)
 
 
 def test_a_model_that_must_run_at_every_step_is_refreshed_as_if_nothing_was_to_be_forecast(uncompiled):

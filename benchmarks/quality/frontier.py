@@ -129,7 +129,9 @@ class Bench:
             "model": self.args.model, "method": method.name, "setting": method.setting, "label": method.label,
             "steps": steps, "calls": {name: n for name, n in ran.items() if n} or None,
             "seconds": statistics.median(seconds), "dense_seconds": dense,
-            "speedup": dense / statistics.median(seconds), "clips": self.seeds, **self.scores(torch.cat(made), self.expected[steps]),
+            "speedup": dense / statistics.median(seconds), "clips": self.seeds,
+            **self.scores(torch.cat(made), self.expected[steps]),
+            "frechet_dense": self.results.head["frechet_dense"].get(str(steps)),  # a classifier trained anew is another
         }  # fmt: skip
 
     def scores(self, latents: Tensor, expected: Tensor) -> dict:

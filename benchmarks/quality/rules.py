@@ -54,8 +54,8 @@ class AnyDistance(Judge):
 class FromNoise(History):
     """The first output, made from noise alone, is part of the first line."""
 
-    def record(self, moment: float, outputs: Sequence[Tensor], span: float = 0.0, step: int = 0) -> None:
-        super().record(moment, outputs, span)
+    def record(self, moment: float, outputs: Sequence[Tensor], span: float = 0.0, step: int = 1) -> None:
+        super().record(moment, outputs, span, step + 1)
 
 
 class Undamped(History):
@@ -134,7 +134,7 @@ def _points(model: Model, steps: int, tolerances: Sequence[float]):
     for rule, make in RULES.items():
         yield rule, [(t, lambda t=t, make=make: model.judged(lambda: make(t), steps)) for t in tolerances]
     for rule, make in FIXED.items():
-        yield rule, [(e, lambda e=e, make=make: model.fixed(make, range(1, steps, e), steps)) for e in EVERY]
+        yield rule, [(e, lambda e=e, make=make: model.fixed(make, range((e + 1) // 2, steps, e), steps)) for e in EVERY]
 
 
 def near(points: Sequence[tuple[float, float]], count: float) -> float | None:

@@ -20,6 +20,7 @@ from .rivals import StepReuse, TaylorSteps
 from .subjects import Subject
 
 DENSE = {"attention__sparsity": None, "mlp__sparsity": None}
+EVEN = {"forecast__repay": True, "forecast__refresh_every": 1, "forecast__warmup": 1}  # as preset "draft" has it
 
 
 class Builder:
@@ -76,8 +77,8 @@ class Builder:
         """Forecasts as far as they prove good, and for the highest speeds all but every few steps."""
         for tolerance in (0.005, 0.012, 0.03, 0.1):  # 0.008, 0.02 and 0.06 are presets
             yield self.ours(forecast__tolerance=tolerance)
-        for every in (4, 5, 8, 9):  # 6 is a preset
-            yield self.ours(schedule__compute_every=every, forecast__repay=True, forecast__refresh_every=1)
+        for every in (4, 5, 6, 8):  # 7 is a preset
+            yield self.ours(schedule__compute_every=every, **EVEN)
         for tolerance in (0.008, 0.02):
             yield self.ours(forecast__tolerance=tolerance, forecast__repay=False)
 
