@@ -49,7 +49,8 @@ def ladder() -> tuple[dict[str, Any], ...]:
     """What is tried: settings that docs/quality.md found to pay, from three sparsities and none."""
     forecasts = [{**NO_SPARSITY, "schedule.compute_every": 2, "forecast.order": 2}]
     forecasts += [
-        {**NO_SPARSITY, "schedule.compute_every": every, "forecast.repay": True} for every in (2, 3, 4, 5, 6, 8)
+        {**NO_SPARSITY, "schedule.compute_every": every, "forecast.repay": True, "forecast.warmup": 1}
+        for every in (2, 3, 4, 5, 6, 8)
     ]
     both = [
         {**sparse, "schedule.compute_every": every, "schedule.refresh_every": refresh, "forecast.order": order}

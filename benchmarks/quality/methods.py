@@ -45,9 +45,7 @@ def quick_methods(model: torch.nn.Module, dense: Callable, steps: int) -> list[M
     dense_steps = {"attention__sparsity": None, "mlp__sparsity": None}
     for every, order in ((2, 2), (3, 1)):
         methods.append(chipmunk(model, **dense_steps, schedule__compute_every=every, forecast__order=order))
-    for tolerance in (0.005, 0.012):
-        methods.append(chipmunk(model, forecast__tolerance=tolerance))
-    methods.append(chipmunk(model, forecast__tolerance=0.02, forecast__refresh_every=2))
+    methods.append(chipmunk(model, forecast__tolerance=0.012))
     for fewer in (steps * 2 // 3, steps // 2, steps // 3, steps // 4):
         methods.append(Method("fewer steps", {"steps": fewer}, lambda: dense, fewer))
     for every in (2, 4):
