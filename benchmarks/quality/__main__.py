@@ -106,18 +106,20 @@ def quick(args: argparse.Namespace) -> None:
     if not args.only:
         write(rows)
     for row in sorted(rows, key=lambda r: r["speedup"]):
-        print(f"{row['speedup']:5.2f}x  {row['psnr']:5.1f} dB  ssim {row['ssim']:.4f}  {row['label']}")
+        computed = f"  ({row['steps'] - row['forecast']:g} steps computed)" if row["forecast"] else ""
+        print(f"{row['speedup']:5.2f}x  {row['psnr']:5.1f} dB  ssim {row['ssim']:.4f}  {row['label']}{computed}")
 
 
 def measure(method: Method, dense_seconds: float, expected: list[Tensor], denoise: Callable, steps: int) -> dict:
     """One row: generations of the method, one for each seed of `expected`; a dense one takes `dense_seconds`."""
     own_steps = method.steps or steps
-    denoise(method.make(), 0, min(own_steps, 6))  # compiles
-    seconds, scores = [], []
+    denoise(method.make(), 0, min(own_steps, 4))  # compiles
+    seconds, scores, forecasts = [], [], 0
     for seed, reference_tokens in enumerate(expected):
         chipmunk_compile.reset()
         tokens, own = denoise(method.make(), seed, own_steps)
         seconds.append(own)
+        forecasts += chipmunk_compile.counters()["forecast"]
         pictures, reference = (sampling.unpack(t).clamp(-1, 1) / 2 + 0.5 for t in (tokens, reference_tokens))
         scores.append([
             metrics.psnr(pictures, reference), metrics.ssim(pictures, reference),
@@ -127,7 +129,7 @@ def measure(method: Method, dense_seconds: float, expected: list[Tensor], denois
     ratios = [dense_seconds / own for own in seconds]
     return {
         "model": "tiny-dit", "method": method.name, "setting": method.setting, "label": method.label,
-        "steps": own_steps, "ms_per_step": 1000 * statistics.median(seconds) / steps,
+        "steps": own_steps, "forecast": forecasts / len(expected), "ms_per_step": 1000 * statistics.median(seconds) / steps,
         "speedup": statistics.median(ratios), "speedups": ratios, "psnr": psnr, "ssim": ssim, "rel_l1": rel_l1,
         "frechet": None, "pictures": len(expected) * BATCH,
     }  # fmt: skip
