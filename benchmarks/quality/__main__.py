@@ -6,9 +6,9 @@
 
 `--quick`: the shipped transformer (examples/tiny_dit) on this machine, in under ten minutes on two cores. Every method
 denoises the same noise as compiled dense does; a dense generation is timed before every third of them, and speed-up is
-the ratio of the median of the last three of those to theirs, median over repeats. PSNR, SSIM and relative L1 of the picture tokens are means over pictures,
-against compiled dense with the same number of steps. Writes benchmarks/results/quality-<model>-<device>.json, unless
-`--only` names some methods.
+the ratio of the median of the last three of those to theirs, median over repeats. PSNR, SSIM and relative L1 of the
+picture tokens are means over pictures, against compiled dense with the same number of steps. Writes
+benchmarks/results/quality-<model>-<device>.json, unless `--only` names some methods.
 
 `--model`: a transformer that `python -m benchmarks.quality.train` left in FOLDER, on a GPU; see frontier.py. Rows are
 written as they come, and those there already, of the same weights and sources, are not measured again.
@@ -129,7 +129,8 @@ def measure(method: Method, dense_seconds: float, expected: list[Tensor], denois
     ratios = [dense_seconds / own for own in seconds]
     return {
         "model": "tiny-dit", "method": method.name, "setting": method.setting, "label": method.label,
-        "steps": own_steps, "forecast": forecasts / len(expected), "ms_per_step": 1000 * statistics.median(seconds) / steps,
+        "steps": own_steps, "forecast": forecasts / len(expected),
+        "ms_per_step": 1000 * statistics.median(seconds) / steps,
         "speedup": statistics.median(ratios), "speedups": ratios, "psnr": psnr, "ssim": ssim, "rel_l1": rel_l1,
         "frechet": None, "pictures": len(expected) * BATCH,
     }  # fmt: skip
