@@ -28,6 +28,8 @@ from .judge import Arriving, Judge
 FURTHEST = 3.0
 # What a forecast adds to the last output may prove to be too little, too, but not by more than this.
 MOST_GROWTH = 1.2
+# An output made from noise alone says nothing of steps that are further from it than this share of the whole way.
+NOISE_REACHES = 1 / 8
 # How much of a line came true over a gap so many times as long as itself says nothing of another that is not.
 COMPARABLE = 2.0
 # Forecasts of hidden states miss more of each channel than what the model makes of them misses: 1.7 to 3.9 times as
@@ -150,6 +152,11 @@ class History:
             return self.judge.allows(moment, gap, self._power())
         return len(self.moments) == 1 or gap <= FURTHEST * abs(self.moments[-1] - self.moments[-2])
 
+    def is_near(self, tick: Tick) -> bool:
+        """Whether the step is not too far from one that saw nothing but noise, if no other is known: a generation of
+        four steps would be made of that one alone. Of an unknown way any step is too far."""
+        return not self._from_noise or abs(tick.time - self.moments[-1]) <= NOISE_REACHES * tick.span
+
     def _power(self) -> float:
         """Errors of forecasts grow with the gap to this power: with the square of it where a line is followed whole."""
         shares = self.damping() or [1.0]
@@ -205,9 +212,9 @@ class History:
         return repaid
 
     def _weights(self, moment: float) -> list[float]:
-        """Of the known outputs in the forecast at `moment`. Where nothing is judged, and no line came true yet, one is
-        followed no further than it is long."""
-        if self._damps and self.judge is None and len(self.moments) > 1 and self.damping() is None:
+        """Of the known outputs in the forecast at `moment`. Where nothing is judged, and nothing told yet how much of a
+        line comes true, one is followed no further than it is long."""
+        if self.options.repay and self.judge is None and len(self.moments) > 1 and self.damping() is None:
             *_, before, last = self.moments
             way = abs(last - before)
             moment = last + min(max(moment - last, -way), way)

@@ -154,7 +154,7 @@ def _due(way: Config, history: History, others: list[History], tick: Tick, unfor
     step = tick.step if judge is None else judge.computed
     due = program_at(step, way.schedule)
     may_wait = due is Program.FORECAST if judge is None else step >= way.schedule.warmup
-    if may_wait and may_forecast(history, others, tick.time):
+    if may_wait and history.is_near(tick) and may_forecast(history, others, tick.time):
         return Program.FORECAST
     return unforeseen if due is Program.FORECAST else due
 

@@ -90,13 +90,14 @@ def test_one_known_step_is_reused_and_the_second_takes_the_place_of_the_first():
 
 def test_whatever_comes_second_takes_the_place_of_the_first():
     history = History(ForecastOptions(order=1))
-    for step, moment in ((0, 1.0), (0, 1.0), (4, 0.6), (8, 0.2)):  # the first one evaluated twice
-        history.record(moment, [torch.full((2,), moment)], 1.0, step)
-    assert history.moments == [0.6, 0.2]
+    for step, moment, known in ((0, 1.0, [1.0]), (0, 1.0, [1.0]), (4, 0.6, [0.6]), (8, 0.2, [0.6, 0.2])):
+        history.record(moment, [torch.full((2,), moment)], 1.0, step)  # the first one is evaluated twice
+        assert history.moments == known
 
 
-def test_a_line_of_which_nothing_came_true_yet_is_followed_no_further_than_it_is_long():
-    history = History(ForecastOptions(order=1, repay=True))
+@pytest.mark.parametrize("reads", [True, False])
+def test_a_line_of_which_nothing_came_true_yet_is_followed_no_further_than_it_is_long(reads):
+    history = History(ForecastOptions(order=1, repay=True), reads=reads)
     for moment, value in ((0.9, 1.0), (0.8, 2.0)):
         history.record(moment, [torch.full((2,), value)])
     told = [history.forecast(moment)[0][0].item() for moment in (0.75, 0.7, 0.6, 0.5)]
@@ -109,7 +110,8 @@ def test_a_line_of_which_nothing_came_true_yet_is_followed_no_further_than_it_is
     assert repaid.tolist() == pytest.approx([6.0 + owed / lengths[-1]] * 2)
     for moment, value in ((0.7, 2.5), (0.6, 2.75)):
         history.record(moment, [torch.full((2,), value)])
-    assert history.forecast(0.3)[0][0].item() == pytest.approx(2.75 + 3 * 0.25 * history.damping()[0])
+    further = 3 * 0.25 * history.damping()[0] if reads else 0.25  # where nothing is read, nothing ever tells
+    assert history.forecast(0.3)[0][0].item() == pytest.approx(2.75 + further)
 
 
 def test_lines_are_damped_by_what_came_true_over_gaps_like_their_own():

@@ -126,6 +126,12 @@ def test_a_draft_computes_its_second_step_after_half_a_gap(uncompiled):
     assert "a generation's first step is always computed" in str(report)
 
 
+@pytest.mark.parametrize("given", [{}, {"steps": 4}], ids=["read", "counted"])
+def test_what_saw_nothing_but_noise_does_not_make_a_short_generation_by_itself(given, uncompiled):
+    Loop(steps=4).run(acquainted(toy(), {**preset("draft"), **given}))
+    assert ran()["dense"] >= 2
+
+
 def test_a_model_that_must_run_at_every_step_is_refreshed_as_if_nothing_was_to_be_forecast(uncompiled):
     class Writing(ToyDiT):
         def forward(self, x, t, prompt):
