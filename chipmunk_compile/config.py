@@ -49,7 +49,8 @@ class ScheduleOptions:
     warmup: int = 2
     """This many first steps are refreshes: the picture is decided there."""
     compute_every: int = 1
-    """After the warm-up one step in so many is computed, and counted for refreshes; the others are forecast."""
+    """After the warm-up one step in so many is computed, and counted for refreshes; the others are forecast. Behind a
+    warm-up of one step the first gap is half as long."""
     forecast_at: tuple[int, ...] | None = None
     """Steps of a generation, from 0, that are forecast instead: (7, 11, 13). The warm-up is computed in any case."""
 
@@ -70,8 +71,7 @@ class ForecastOptions:
     """Of the steps computed between forecasts, a refresh at every such one and deltas between; 1: all are computed
     whole, as the dense model does. None: as `schedule.refresh_every` and `schedule.refresh_at` say."""
     warmup: int | None = None
-    """So many first steps are computed, where steps can be forecast. After a single one the gap to the next is half as
-    long as the others. None: as `schedule.warmup` says."""
+    """So many first steps are computed, where steps can be forecast. None: as `schedule.warmup` says."""
     residual: float = 0.0
     """Share of the error that a delta step is expected to make, learned at each refresh, that is corrected: 0 to 2.
     Above 0 a refresh costs one delta pass more. For a model captured as one graph."""
@@ -188,7 +188,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "quality": {"schedule.refresh_every": 3, "forecast.tolerance": 0.008, **_OTHERS_WHOLE},
     "balanced": {"schedule.refresh_every": 5, "forecast.tolerance": 0.02, **_OTHERS_WHOLE},
     "fast": {"schedule.refresh_every": 8, "forecast.tolerance": 0.06, **_OTHERS_WHOLE},
-    "draft": {"schedule.refresh_every": 12, "schedule.compute_every": 7, "forecast.warmup": 1, **_OTHERS_WHOLE},
+    "draft": {"schedule.refresh_every": 12, "schedule.compute_every": 7, **_OTHERS_WHOLE, "forecast.warmup": 1},
 }
 # Options that say how deltas are to be: beside any of them a preset's forecasts, which leave none, do not count.
 _OF_DELTAS = (

@@ -13,6 +13,7 @@ from functools import cache
 import torch
 
 from benchmarks.models_report import PUBLISHED
+from chipmunk_compile.config import PRESETS
 
 from . import caches, hooks, windows
 from .methods import Method, chipmunk
@@ -20,7 +21,8 @@ from .rivals import StepReuse, TaylorSteps
 from .subjects import Subject
 
 DENSE = {"attention__sparsity": None, "mlp__sparsity": None}
-EVEN = {"forecast__repay": True, "forecast__refresh_every": 1, "forecast__warmup": 1}  # as preset "draft" has it
+# How preset "draft" forecasts, whichever steps it computes.
+EVEN = {name.replace(".", "__"): value for name, value in PRESETS["draft"].items() if name.startswith("forecast.")}
 
 
 class Builder:
