@@ -189,6 +189,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "balanced": {"schedule.refresh_every": 5, "forecast.tolerance": 0.02, **_OTHERS_WHOLE},
     "fast": {"schedule.refresh_every": 8, "forecast.tolerance": 0.06, **_OTHERS_WHOLE},
     "draft": {"schedule.refresh_every": 12, "schedule.compute_every": 7, **_OTHERS_WHOLE, "forecast.warmup": 1},
+    "sketch": {"schedule.refresh_every": 16, "schedule.compute_every": 8, **_OTHERS_WHOLE, "forecast.warmup": 1},
 }
 # Options that say how deltas are to be: beside any of them a preset's forecasts, which leave none, do not count.
 _OF_DELTAS = (

@@ -213,11 +213,14 @@ class History:
 
     def _weights(self, moment: float) -> list[float]:
         """Of the known outputs in the forecast at `moment`. Where nothing is judged, and nothing told yet how much of a
-        line comes true, one is followed no further than it is long."""
+        line comes true, one is followed as far as it is long, and then taken back: at COMPARABLE lengths the last
+        output is reused as it is."""
         if self.options.repay and self.judge is None and len(self.moments) > 1 and self.damping() is None:
             *_, before, last = self.moments
-            way = abs(last - before)
-            moment = last + min(max(moment - last, -way), way)
+            lengths = abs((moment - last) / (last - before))
+            if lengths > 1.0:
+                lengths = max(0.0, COMPARABLE - lengths) / (COMPARABLE - 1.0)
+            moment = last + math.copysign(lengths * (last - before), moment - last)
         return lagrange(self.moments, moment)
 
     def _moves(self, moment: float) -> Outputs:

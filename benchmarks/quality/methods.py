@@ -9,10 +9,12 @@ from typing import Any
 import torch
 
 from chipmunk_compile.backend import chipmunk as backend  # the string names the same, where the package is installed
+from chipmunk_compile.config import PRESETS
 
 from .rivals import StepReuse, TaylorSteps, first_block_cache
 
 OURS = "chipmunk"
+POINTS = tuple(name for name in PRESETS if name != "exact")  # presets on the frontier
 
 
 @dataclass(frozen=True)
@@ -23,6 +25,7 @@ class Method:
     setting: dict[str, Any]
     make: Callable[[], Callable]
     steps: int | None = None  # where they are not the harness's own
+    ready: bool = False  # it runs nothing but what is compiled already
 
     @property
     def label(self) -> str:
@@ -38,7 +41,7 @@ def chipmunk(model: torch.nn.Module, **options: Any) -> Method:
 
 def quick_methods(model: torch.nn.Module, dense: Callable, steps: int) -> list[Method]:
     """The shipped model's table: each preset, its control, and each rival at a few speeds."""
-    methods = [chipmunk(model, preset=preset) for preset in ("quality", "balanced", "fast", "draft")]
+    methods = [chipmunk(model, preset=preset) for preset in POINTS]
     methods.append(chipmunk(model, schedule__refresh_every=5))  # deltas alone
     methods.append(chipmunk(model, schedule__refresh_every=5, attention__sparsity=1.0, mlp__sparsity=1.0))
     methods.append(chipmunk(model, schedule__compute_every=2, schedule__refresh_every=2))

@@ -19,6 +19,7 @@ import chipmunk_compile
 from chipmunk_compile.backend import chipmunk  # the string names the same, where the package is installed
 
 from . import checkpoints, frontier, metrics
+from .methods import POINTS
 from .sampling import captions, generate, pictures_of, starting_noise
 from .subjects import SUBJECTS
 
@@ -30,7 +31,7 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=128, help="pixels a side")
     parser.add_argument("--steps", type=int, default=28)
     parser.add_argument("--pictures", type=int, default=2)
-    parser.add_argument("--preset", nargs="+", default=["quality", "balanced", "fast", "draft"])
+    parser.add_argument("--preset", nargs="+", default=POINTS)
     args = parser.parse_args()
     frontier.allow_many_programs()
     subject = replace(SUBJECTS[args.model], size=args.size)

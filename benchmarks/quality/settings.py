@@ -16,7 +16,7 @@ from benchmarks.models_report import PUBLISHED
 from chipmunk_compile.config import PRESETS
 
 from . import caches, hooks, windows
-from .methods import Method, chipmunk
+from .methods import POINTS, Method, chipmunk
 from .rivals import StepReuse, TaylorSteps
 from .subjects import Subject
 
@@ -48,9 +48,10 @@ class Builder:
     def methods(self, steps: int) -> Iterator[Method]:
         """The same labels in the same order for any number of steps."""
         yield from self._first(steps)
-        yield from self._ours_judged()
         yield from self._rivals_of_blocks(steps)
+        yield from self._ours_judged()
         yield from self._more(steps)
+        yield from self._windows()
         yield from self._ours_combined()
         yield from self._ours_alone(steps)
 
@@ -64,22 +65,22 @@ class Builder:
 
     def _first(self, steps: int) -> Iterator[Method]:
         """Presets, and what needs no compiling."""
-        yield Method("dense again", {}, lambda: self.dense)
-        for preset in ("balanced", "quality", "fast", "draft"):
+        yield Method("dense again", {}, lambda: self.dense, ready=True)
+        for preset in POINTS:
             yield self.ours(preset=preset)
-        for every, order in ((2, 1), (2, 2), (3, 1), (3, 2), (4, 1), (4, 2), (5, 1), (6, 1)):
-            yield self._streams("Taylor steps", {"every": every, "order": order},
-                                lambda e=every, o=order: TaylorSteps(self.dense, e, o))  # fmt: skip
-        for every in (2, 3, 4, 5, 6):
-            yield self._streams("step reuse", {"every": every}, lambda e=every: StepReuse(self.dense, e))
         for share in (0.75, 0.5, 0.33, 0.25, 0.2, 0.167, 0.143):
-            yield Method("fewer steps", {"share": share}, lambda: self.dense, max(2, round(share * steps)))
+            yield Method("fewer steps", {"share": share}, lambda: self.dense, max(2, round(share * steps)), ready=True)
+        for every in (2, 3, 4, 5, 6, 7):
+            yield self._streams("step reuse", {"every": every}, lambda e=every: StepReuse(self.dense, e), ready=True)
+        for every, order in ((2, 1), (2, 2), (3, 1), (4, 1), (5, 1), (6, 1)):
+            yield self._streams("Taylor steps", {"every": every, "order": order},
+                                lambda e=every, o=order: TaylorSteps(self.dense, e, o), ready=True)  # fmt: skip
 
     def _ours_judged(self) -> Iterator[Method]:
         """Forecasts as far as they prove good, and for the highest speeds all but every few steps."""
         for tolerance in (0.005, 0.012, 0.03, 0.1):  # 0.008, 0.02 and 0.06 are presets
             yield self.ours(forecast__tolerance=tolerance)
-        for every in (4, 5, 6, 8):  # 7 is a preset
+        for every in (4, 5, 6, 9):  # 7 and 8 are presets
             yield self.ours(schedule__compute_every=every, **EVEN)
         for tolerance in (0.008, 0.02):
             yield self.ours(forecast__tolerance=tolerance, forecast__repay=False)
@@ -114,6 +115,8 @@ class Builder:
         yield self.ours(**reference)
         skipped = tuple(sorted({round(at * steps / 50) for at in PUBLISHED}))
         yield self.ours(**reference, schedule__forecast_at=skipped, forecast__order=0)
+
+    def _windows(self) -> Iterator[Method]:
         video = self.subject.frames > 1
         for window in ((1, 1, 1), (2, 1, 1), (4, 2, 2)) if video else ((0, 1, 1), (0, 2, 1), (0, 2, 2)):
             if self.windowed(window) is not None:
@@ -145,8 +148,8 @@ class Builder:
                 yield Method(name, setting,
                              lambda m=make, s=setting: self.fast(self.hooked(m, *s.values()).restart()))  # fmt: skip
 
-    def _streams(self, name: str, setting: dict, make: Callable) -> Method:
-        return Method(name, setting, lambda: self.fast(caches.PerStream(make)))
+    def _streams(self, name: str, setting: dict, make: Callable, ready: bool = False) -> Method:
+        return Method(name, setting, lambda: self.fast(caches.PerStream(make)), ready=ready)
 
     def _windowed(self, window: tuple[int, int, int]):
         device = next(self.model.parameters()).device
