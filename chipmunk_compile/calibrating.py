@@ -49,8 +49,14 @@ def ladder() -> tuple[dict[str, Any], ...]:
     """What is tried: settings that docs/quality.md found to pay, from three sparsities and none."""
     forecasts = [{**NO_SPARSITY, "schedule.compute_every": 2, "forecast.order": 2}]
     forecasts += [
-        {**NO_SPARSITY, "schedule.compute_every": every, "forecast.repay": True, "forecast.warmup": 1}
-        for every in (2, 3, 4, 5, 6, 8)
+        {
+            **NO_SPARSITY,
+            "schedule.compute_every": every,
+            "forecast.order": order,
+            "forecast.repay": True,
+            "forecast.warmup": 1,
+        }
+        for every, order in ((2, 1), (3, 1), (4, 1), (5, 1), (7, 0), (8, 0))
     ]
     both = [
         {**sparse, "schedule.compute_every": every, "schedule.refresh_every": refresh, "forecast.order": order}

@@ -183,13 +183,14 @@ class Config:
 # best there is, and where so few steps are computed that nothing proves good, those evenly spread; models that must run
 # at every step run deltas. "exact" computes every column, so it differs from dense by rounding alone.
 _OTHERS_WHOLE = {"forecast.repay": True, "forecast.refresh_every": 1}
+_OVER_LONG_GAPS = {"forecast.warmup": 1, "forecast.order": 0}  # lines lead astray there
 PRESETS: dict[str, dict[str, Any]] = {
     "exact": {"attention.sparsity": 0.0, "mlp.sparsity": 0.0},
     "quality": {"schedule.refresh_every": 3, "forecast.tolerance": 0.008, **_OTHERS_WHOLE},
     "balanced": {"schedule.refresh_every": 5, "forecast.tolerance": 0.02, **_OTHERS_WHOLE},
     "fast": {"schedule.refresh_every": 8, "forecast.tolerance": 0.06, **_OTHERS_WHOLE},
-    "draft": {"schedule.refresh_every": 12, "schedule.compute_every": 7, **_OTHERS_WHOLE, "forecast.warmup": 1},
-    "sketch": {"schedule.refresh_every": 16, "schedule.compute_every": 8, **_OTHERS_WHOLE, "forecast.warmup": 1},
+    "draft": {"schedule.refresh_every": 12, "schedule.compute_every": 7, **_OTHERS_WHOLE, **_OVER_LONG_GAPS},
+    "sketch": {"schedule.refresh_every": 16, "schedule.compute_every": 8, **_OTHERS_WHOLE, **_OVER_LONG_GAPS},
 }
 # Options that say how deltas are to be: beside any of them a preset's forecasts, which leave none, do not count.
 _OF_DELTAS = (
@@ -207,7 +208,7 @@ def _preset_beside(preset: str, options: Mapping[str, Any]) -> dict[str, Any]:
     if any(name.startswith(_OF_DELTAS) for name in options):
         dropped = ("forecast.", "schedule.compute_every")
     elif options.get("forecast.tolerance") is not None:
-        dropped = ("schedule.compute_every", "forecast.warmup")
+        dropped = ("schedule.compute_every", "forecast.warmup", "forecast.order")
     return {name: value for name, value in PRESETS[preset].items() if not name.startswith(dropped)}
 
 

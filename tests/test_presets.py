@@ -114,6 +114,7 @@ def test_a_tolerance_of_one_s_own_keeps_the_rest_of_the_preset():
 def test_what_is_said_outright_takes_the_place_of_a_preset_s_pattern():
     judged = Config.from_options({"preset": "draft", "forecast.tolerance": 0.1})
     assert judged.schedule.compute_every == 1 and judged.forecast.repay and judged.forecast.warmup is None
+    assert judged.forecast.order == 1
     deltas = Config.from_options({"preset": "draft", "attention.sparsity": 0.9})
     assert not deltas.forecasts and deltas.schedule.refresh_every == 12
 

@@ -21,8 +21,9 @@ from .rivals import StepReuse, TaylorSteps
 from .subjects import Subject
 
 DENSE = {"attention__sparsity": None, "mlp__sparsity": None}
-# How preset "draft" forecasts, whichever steps it computes.
+# How preset "draft" forecasts, but by lines, which gaps shorter than its own allow.
 EVEN = {name.replace(".", "__"): value for name, value in PRESETS["draft"].items() if name.startswith("forecast.")}
+EVEN |= {"forecast__order": 1}
 
 
 class Builder:
