@@ -6,7 +6,7 @@ Nothing is compiled or captured, so that hundreds of rules can be run one after 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
@@ -107,7 +107,7 @@ class Model:
 def trained(name: str, folder: Path | None, clips: int, small: bool) -> Model:
     """A model that train.py left in `folder`."""
     device, dtype = where(small)
-    subject = tiny(SUBJECTS[name]) if small else SUBJECTS[name]
+    subject = tiny(SUBJECTS[name]) if small else replace(SUBJECTS[name], measured=min(clips, SUBJECTS[name].measured))
     if not small and folder is None:
         raise SystemExit(f"the {name} model needs --checkpoint")
     model = subject.build().eval() if small else checkpoints.load_weights(folder, device, dtype)
