@@ -25,7 +25,7 @@ from .clock import InferredClock
 from .config import Config
 from .evidence import call_evidence, read_evidence
 from .judge import MOST
-from .models import is_compiled
+from .owners import is_compiled
 from .pictures import pictures_of, psnr
 from .progress import progress_bar
 from .report import generation_share

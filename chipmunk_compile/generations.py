@@ -10,7 +10,8 @@ from torch.utils._pytree import tree_leaves
 from .clock import Clock, InferredClock
 from .counting import CountedClock
 from .evidence import call_evidence, read_evidence
-from .models import Root, close_block, is_compiled, open_block, root_of
+from .models import Root
+from .owners import close_block, is_compiled, open_block, root_of
 from .state import Owner
 
 

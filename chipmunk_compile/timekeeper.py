@@ -8,7 +8,8 @@ from collections.abc import Callable, Sequence
 from .clock import Tick
 from .config import Config
 from .evidence import TimesRead
-from .models import Owners, Root
+from .models import Root
+from .owners import Owners
 from .plan import Inputs
 from .state import Owner
 
