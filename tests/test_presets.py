@@ -62,6 +62,17 @@ def test_a_whole_model_runs_forecasts_and_dense_steps(name, uncompiled):
     assert chipmunk_compile.counters()["state_bytes"] < 100_000, "two outputs, and no state of deltas"
 
 
+@pytest.mark.parametrize("name, computed", [("draft", [0, 4, 11, 18, 25]), ("sketch", [0, 4, 12, 20])])
+def test_over_long_gaps_the_last_computed_output_is_reused_as_it_is(name, computed, uncompiled):
+    """As it was computed, that is, without what it repaid."""
+    model, loop = toy(), Loop(steps=26)
+    outputs = loop.run(acquainted(model, preset(name)))
+    truth = loop.run(model)
+    for step in sorted(set(range(26)) - set(computed)):
+        last = max(at for at in computed if at < step)
+        assert outputs[step].equal(truth[last]), step
+
+
 def test_a_computed_step_is_the_dense_model_bit_for_bit(uncompiled):
     model, loop = toy(), Loop(steps=4)
     outputs = loop.run(compiled(model, preset("quality", **{"forecast.repay": False})))

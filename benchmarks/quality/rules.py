@@ -23,7 +23,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from chipmunk_compile.config import ForecastOptions
-from chipmunk_compile.forecast import History
+from chipmunk_compile.forecast import History, lagrange
 from chipmunk_compile.judge import Judge
 
 from .simulated import MODELS, Model
@@ -64,6 +64,17 @@ class Undamped(History):
         return None
 
 
+class NotTakenBack(History):
+    """A line of which nothing came true yet is followed as far as it is long, and no further."""
+
+    def _weights(self, moment: float) -> list[float]:
+        if len(self.moments) > 1 and self.damping() is None:
+            *_, before, last = self.moments
+            way = abs(last - before)
+            moment = last + min(max(moment - last, -way), way)
+        return lagrange(self.moments, moment)
+
+
 def _made(kind: type[History] = History, judge: type[Judge] = Judge, **options) -> Callable[[float], History]:
     def make(tolerance: float) -> History:
         history = kind(ForecastOptions(**{"order": 1, "repay": True, **options}, tolerance=tolerance))
@@ -85,11 +96,15 @@ RULES = {
     "reuse": _made(order=0),
     "parabola": _made(order=2),
 }
+EVEN = "every few, reused, first gap whole"
 # The same, where one step in so many is computed: nothing is judged.
 FIXED = {
     "every few steps": lambda: History(ForecastOptions(order=1, repay=True)),
     "every few, reused": lambda: History(ForecastOptions(order=0, repay=True)),
     "every few, undamped": lambda: Undamped(ForecastOptions(order=1, repay=True)),
+    "every few, not taken back": lambda: NotTakenBack(ForecastOptions(order=1, repay=True)),
+    "every few, reused, not repaid": lambda: History(ForecastOptions(order=0)),
+    EVEN: lambda: History(ForecastOptions(order=0, repay=True)),
 }
 
 
@@ -134,7 +149,14 @@ def _points(model: Model, steps: int, tolerances: Sequence[float]):
     for rule, make in RULES.items():
         yield rule, [(t, lambda t=t, make=make: model.judged(lambda: make(t), steps)) for t in tolerances]
     for rule, make in FIXED.items():
-        yield rule, [(e, lambda e=e, make=make: model.fixed(make, range((e + 1) // 2, steps, e), steps)) for e in EVERY]
+        firsts = {e: e if rule == EVEN else (e + 1) // 2 for e in EVERY}
+        yield (
+            rule,
+            [
+                (e, lambda e=e, at=at, make=make: model.fixed(make, range(at, steps, e), steps))
+                for e, at in firsts.items()
+            ],
+        )
 
 
 def near(points: Sequence[tuple[float, float]], count: float) -> float | None:
